@@ -1,0 +1,104 @@
+"""What crosses the engine's border: requests in, token events out. Plain data, no torch, no text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens of one sequence are chosen and when it ends. Names and defaults follow vLLM; ids only, no text.
+
+    temperature 0 is greedy. top_k <= 0, top_p 1, min_p 0, repetition_penalty 1 and the other penalties 0 are "off".
+    Order: logit_bias, repetition / presence / frequency penalties, temperature, top_k, top_p, min_p, sample.
+    seed: None draws one from the engine; the noise of a token depends on (seed, position) alone.
+    logprobs: None for none, k >= 0 for the sampled token's and the k best tokens' log-probabilities (raw, before
+    bias, penalties and temperature).
+    stop_ids end the sequence and are part of token events; eos of the model is added unless ignore_eos.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    logprobs: int | None = None
+    stop_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to continue. `request_id` is unique among live requests of an engine; priority: lower goes first."""
+
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    priority: int = 0
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probability of the sampled token, and the best tokens as (id, logprob), best first."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class TokenEvent(NamedTuple):
+    """New tokens of one request after a step. The event with `finish` set is the request's last.
+
+    A stop or eos token is included in `token_ids` (count it in usage, do not print it). finish "error" carries
+    `error`; cached_tokens (prompt tokens served from the prefix cache) is set on the first event.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    finish: FinishReason | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    error: str | None = None
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What a front end must know to validate and describe a served model. JSON-serialisable."""
+
+    model: str  # the name served, as clients send it
+    source: str  # where the weights came from: "disk", "hub", "fallback"
+    family: str
+    parameters: int
+    dtype: str
+    device: str
+    context_length: int  # prompt + output tokens of one sequence at most
+    pool_tokens: int  # tokens the whole KV pool holds
+    max_seqs: int
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A reading of the live engine, cheap enough to take every second. JSON-serialisable."""
+
+    running: int
+    waiting: int
+    pages_total: int
+    pages_free: int  # never-used or freed pages
+    pages_cached: int  # refcount 0, still indexed by the prefix cache: evictable
+    steps: int
+    prompt_tokens: int  # totals since start
+    generation_tokens: int
+    prefix_queries: int  # in tokens
+    prefix_hits: int  # in tokens
+    preemptions: int
+    step_ms: float  # duration of the last step
+    last_step_age_s: float  # seconds since the engine thread last made progress
