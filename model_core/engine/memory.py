@@ -1,0 +1,94 @@
+"""The memory ledger: every byte the engine will hold, predicted before it is allocated."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from model_core.engine.config import EngineConfig
+from model_core.errors import OutOfMemory
+from model_core.model.config import ModelConfig
+
+GIB = 1 << 30
+_CUDA_CONTEXT = 600 << 20  # driver context, cuBLAS workspaces and loaded kernels: 480 to 560 MiB seen on an H100
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Bytes by purpose. `available` is what this engine may use; pages fill what the rest leaves of it."""
+
+    available: int
+    weights: int
+    activations: int
+    logits: int
+    sampler: int
+    runtime: int
+    page_bytes: int
+    num_pages: int
+
+    @property
+    def pages(self) -> int:
+        return self.page_bytes * self.num_pages
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations + self.logits + self.sampler + self.runtime + self.pages
+
+    def rows(self) -> list[tuple[str, int]]:
+        """(purpose, bytes) in the order a person reads them."""
+        return [("weights", self.weights), ("KV pages", self.pages), ("activations (peak)", self.activations),
+                ("logits (peak)", self.logits), ("sampler state", self.sampler), ("runtime", self.runtime),
+                ("total", self.total), ("available", self.available)]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in self.rows())
+
+
+def available_host_memory() -> int:
+    """Bytes this process may still take: MemAvailable, bounded by the control group's limit if there is one."""
+    free = GIB
+    for line in Path("/proc/meminfo").read_text().splitlines() if os.path.exists("/proc/meminfo") else ():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text) - int(used.read_text()))
+    return max(0, free)
+
+
+def plan_memory(model: ModelConfig, engine: EngineConfig, *, device: str, element_bytes: int, max_seqs: int,
+                max_batch_tokens: int, available: int) -> Ledger:
+    """Divide `available` bytes. Raises OutOfMemory, with the ledger and the number to set, if no sequence would fit.
+
+    Peaks are those of the widest step: `max_batch_tokens` rows through a layer, `max_seqs` rows of float32 logits
+    (raw, processed, and one sorted copy with int64 indices while top-p is in use).
+    """
+    weights = model.num_parameters * element_bytes
+    row = 4 * model.hidden_size + 2 * (model.q_size + 2 * model.kv_size) + 3 * model.intermediate_size
+    activations = max_batch_tokens * row * max(element_bytes, 4)
+    logits = max_seqs * model.vocab_size * (4 + 4 + 4 + 8)
+    sampler = max_seqs * model.vocab_size * 4
+    runtime = _CUDA_CONTEXT if device == "cuda" else 256 << 20
+    fixed = weights + activations + logits + sampler + runtime
+    page_bytes = model.kv_bytes_per_token(element_bytes) * engine.page_size
+
+    wanted = engine.kv_cache_bytes
+    if wanted is None:
+        wanted = available - fixed
+        if device == "cpu":
+            wanted = min(wanted, available // 4, 2 * GIB)
+    # No sequence can be longer than the context, so more pages than max_seqs full contexts (plus the dump page and
+    # one page of slack each) would never be used.
+    longest = engine.context_length or model.context_length
+    useful = max_seqs * (-(-longest // engine.page_size) + 1) + 1
+    ledger = Ledger(available, weights, activations, logits, sampler, runtime, page_bytes,
+                    max(0, min(wanted // page_bytes, useful)))
+    if ledger.total > available or ledger.num_pages < 3:
+        short = max(ledger.total - available, 3 * page_bytes - max(0, wanted))
+        raise OutOfMemory(
+            f"The model does not fit: {ledger}; {short / GIB:.2f} GiB short. Set kv_cache_bytes to at most "
+            f"{max(0, available - fixed)} (now {engine.kv_cache_bytes}), lower max_batch_tokens (now {max_batch_tokens}) "
+            f"or max_seqs (now {max_seqs}), use a smaller dtype or model"
+            + (", or raise gpu_memory_fraction." if device == "cuda" else ", or free memory."))
+    return ledger
