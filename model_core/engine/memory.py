@@ -88,7 +88,7 @@ def plan_memory(model: ModelConfig, engine: EngineConfig, *, device: str, elemen
         short = max(ledger.total - available, 3 * page_bytes - max(0, wanted))
         raise OutOfMemory(
             f"The model does not fit: {ledger}; {short / GIB:.2f} GiB short. Set kv_cache_bytes to at most "
-            f"{max(0, available - fixed)} (now {engine.kv_cache_bytes}), lower max_batch_tokens (now {max_batch_tokens}) "
-            f"or max_seqs (now {max_seqs}), use a smaller dtype or model"
+            f"{max(0, available - fixed)} (now {engine.kv_cache_bytes}), lower max_batch_tokens (now "
+            f"{max_batch_tokens}) or max_seqs (now {max_seqs}), use a smaller dtype or model"
             + (", or raise gpu_memory_fraction." if device == "cuda" else ", or free memory."))
     return ledger

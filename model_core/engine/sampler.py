@@ -1,0 +1,160 @@
+"""Choosing the next tokens on the device, with all per-request state in one table per slot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from model_core.engine.philox import uniform
+from model_core.engine.request import SamplingParams, TokenLogprobs
+
+MAX_LOGIT_BIAS = 512  # entries of one request; the table is part of the memory a slot occupies
+_SMALL_K = 256  # a top-k cut at or below this needs no sort of the vocabulary
+
+
+@dataclass
+class Sampled:
+    """Results of one step, still on the device. `tokens` is -1 where the logits were not finite."""
+
+    tokens: torch.Tensor  # int64 [R]
+    logprob: torch.Tensor | None = None  # float32 [R], of the sampled token
+    top_ids: torch.Tensor | None = None  # int64 [R, K]
+    top_logprobs: torch.Tensor | None = None  # float32 [R, K]
+
+    def logprobs_of(self, row: int, count: int) -> TokenLogprobs:
+        """Log-probabilities of one row on the host, with the `count` best tokens."""
+        assert self.logprob is not None and self.top_ids is not None and self.top_logprobs is not None
+        pairs = zip(self.top_ids[row, :count].tolist(), self.top_logprobs[row, :count].tolist(), strict=True)
+        return TokenLogprobs(float(self.logprob[row]), list(pairs))
+
+
+class Sampler:
+    """Per-slot sampling state and the sampling step.
+
+    State tables are device tensors indexed by slot: temperature, top_k, top_p, min_p, penalties, seed, a bias list,
+    and `counts` [max_seqs, vocab], which holds 2 * (times generated) + (1 if in the prompt) for the penalties.
+    """
+
+    def __init__(self, max_seqs: int, vocab_size: int, device: torch.device) -> None:
+        self.vocab_size, self.device = vocab_size, device
+
+        def table(fill: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.full((max_seqs,), fill, dtype=dtype, device=device)
+
+        self.temperature, self.top_p, self.min_p = table(1.0), table(1.0), table(0.0)
+        self.repetition, self.presence, self.frequency = table(1.0), table(0.0), table(0.0)
+        self.top_k, self.seed = table(vocab_size, torch.int64), table(0, torch.int64)
+        self.counts = torch.zeros((max_seqs, vocab_size), dtype=torch.int32, device=device)
+        self.bias_ids = torch.zeros((max_seqs, MAX_LOGIT_BIAS), dtype=torch.int64, device=device)
+        self.bias_values = torch.zeros((max_seqs, MAX_LOGIT_BIAS), dtype=torch.float32, device=device)
+
+    def assign(self, slot: int, params: SamplingParams, seed: int, tokens: list[int], num_prompt: int) -> None:
+        """Fill a slot for a sequence that starts or resumes (after preemption `tokens` holds its output so far)."""
+        self.temperature[slot], self.top_p[slot], self.min_p[slot] = params.temperature, params.top_p, params.min_p
+        self.top_k[slot] = params.top_k if 0 < params.top_k < self.vocab_size else self.vocab_size
+        self.repetition[slot], self.presence[slot] = params.repetition_penalty, params.presence_penalty
+        self.frequency[slot] = params.frequency_penalty
+        self.seed[slot] = seed
+        if uses_penalties(params):
+            output = np.bincount(tokens[num_prompt:], minlength=self.vocab_size) if tokens[num_prompt:] else 0
+            row = np.full(self.vocab_size, 0, dtype=np.int32) + 2 * np.asarray(output, dtype=np.int32)
+            row[tokens[:num_prompt]] |= 1
+            self.counts[slot] = torch.from_numpy(row)
+        if params.logit_bias:
+            size = len(params.logit_bias)
+            self.bias_values[slot].zero_()
+            self.bias_ids[slot, :size] = torch.tensor(list(params.logit_bias), dtype=torch.int64)
+            self.bias_values[slot, :size] = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
+
+    @torch.inference_mode()
+    def sample(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor,
+               params: list[SamplingParams], forbidden: list[tuple[int, tuple[int, ...]]]) -> Sampled:
+        """Choose one token per row.
+
+        Args:
+            logits: float32 [R, vocab]; overwritten.
+            slots: int64 [R] on the device.
+            positions: int64 [R], the position that the new token will have.
+            params: [R] on the host, to leave out what no row asks for. Which steps run never changes a row's result:
+                each is the identity for rows that do not use it.
+            forbidden: (row, token ids) that may not be chosen: the ends of a sequence before its min_tokens.
+        """
+        finite = torch.isfinite(logits.amax(-1)) & torch.isfinite(logits.amin(-1))
+        result = Sampled(tokens=slots)
+        raw = None
+        if any(p.logprobs is not None for p in params):
+            raw = torch.log_softmax(logits, dim=-1)
+            count = max((p.logprobs for p in params if p.logprobs is not None), default=0)
+            result.top_logprobs, result.top_ids = raw.topk(max(1, count), dim=-1)
+        if any(p.logit_bias for p in params):
+            rows = [i for i, p in enumerate(params) if p.logit_bias]
+            picked = slots[rows]
+            biased = logits[rows].scatter_add_(1, self.bias_ids[picked], self.bias_values[picked])
+            logits[rows] = biased
+        if any(uses_penalties(p) for p in params):
+            rows = [i for i, p in enumerate(params) if uses_penalties(p)]
+            logits[rows] = self._penalised(logits[rows], slots[rows])
+        for row, ids in forbidden:
+            logits[row, list(ids)] = -torch.inf
+        tokens = logits.argmax(dim=-1)
+        rows = [i for i, p in enumerate(params) if p.temperature > 0]
+        if rows:
+            subset = [params[i] for i in rows]
+            tokens[rows] = self._draw(logits[rows], slots[rows], positions[rows], subset)
+        if any(uses_penalties(p) for p in params):
+            self.counts.index_put_((slots, tokens), torch.full_like(tokens, 2, dtype=torch.int32), accumulate=True)
+        if raw is not None:
+            result.logprob = raw.gather(1, tokens[:, None]).squeeze(1)
+        result.tokens = torch.where(finite, tokens, -1)
+        return result
+
+    def _penalised(self, logits: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """Repetition penalty (Keskar et al. 2019) over prompt and output; presence and frequency (OpenAI) over output."""
+        counts = self.counts[slots]
+        output = (counts >> 1).to(torch.float32)
+        repetition = torch.where(counts > 0, self.repetition[slots, None], 1.0)
+        logits = torch.where(logits > 0, logits / repetition, logits * repetition)
+        return logits - self.frequency[slots, None] * output - self.presence[slots, None] * (output > 0)
+
+    def _draw(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor,
+              params: list[SamplingParams]) -> torch.Tensor:
+        """Temperature, cuts, then the Gumbel-max trick: argmax(logits + Gumbel noise) samples the softmax."""
+        logits = logits / self.temperature[slots, None]
+        if any(0 < p.top_k < self.vocab_size for p in params):
+            logits = self._cut_top_k(logits, slots, params)
+        if any(p.top_p < 1 for p in params):
+            logits = self._cut_top_p(logits, slots)
+        if any(p.min_p > 0 for p in params):
+            # softmax(x) < min_p * max softmax  <=>  x < max x + ln(min_p)
+            floor = logits.amax(-1, keepdim=True) + self.min_p[slots, None].log()
+            logits = logits.masked_fill(logits < floor, -torch.inf)
+        noise = uniform(self.seed[slots], positions, self.vocab_size)
+        return (logits - noise.log_().neg_().log_()).argmax(dim=-1)
+
+    def _cut_top_k(self, logits: torch.Tensor, slots: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+        """Keep the k best of each row (and what ties with the last of them)."""
+        k = self.top_k[slots, None]
+        widest = max((p.top_k for p in params if 0 < p.top_k < self.vocab_size), default=1)
+        if widest <= _SMALL_K:
+            best = logits.topk(widest, dim=-1).values
+            limit = best.gather(1, (k.clamp(max=widest) - 1))
+            limit = torch.where(k < self.vocab_size, limit, -torch.inf)
+        else:
+            limit = logits.sort(dim=-1, descending=True).values.gather(1, k - 1)
+        return logits.masked_fill(logits < limit, -torch.inf)
+
+    def _cut_top_p(self, logits: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """Nucleus sampling (Holtzman et al. 2019, arXiv 1904.09751): the fewest best tokens whose mass reaches p."""
+        ordered = logits.sort(dim=-1, descending=True).values
+        probabilities = torch.softmax(ordered, dim=-1)
+        before = probabilities.cumsum(dim=-1) - probabilities
+        top_p = self.top_p[slots, None]
+        kept = ((before < top_p) | (top_p >= 1)).sum(dim=-1, keepdim=True).clamp(min=1)
+        return logits.masked_fill(logits < ordered.gather(1, kept - 1), -torch.inf)
+
+
+def uses_penalties(params: SamplingParams) -> bool:
+    """Whether a request needs the token counts of its slot."""
+    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
