@@ -1,0 +1,340 @@
+"""The scheduler: which tokens of which sequences the next step computes, and whose pages they go to.
+
+One rule. A sequence has tokens and a count of computed ones; every step moves computed toward total within a token
+budget. Chunked prefill, prefix hits and recomputation after a preemption are all that rule (as in vLLM v1).
+
+Policy
+- Running sequences that miss one token (decodes) go first, so a long prompt cannot delay them; then prompts already
+  begun, then the queue, each by (priority, arrival).
+- Strictly no bypass in the queue: while its head cannot be admitted, nobody behind it is. A big request thus waits
+  only for those before it, at the price of pages that a small one could have used meanwhile.
+- A sequence is admitted if all its known tokens fit and one page is left for each running sequence to grow into;
+  with nothing running, always. So a preempted sequence comes back when another one has ended, not at once to push
+  out the next one.
+- When a decode needs a page and none is left, the last running sequence by (priority, arrival) is preempted: its
+  pages are released (full ones stay in the prefix index, so that most of its recomputation is a hit) and it goes back
+  to the queue with its rank. The last one itself does not preempt anybody, it waits.
+- Hence the first running sequence always advances, and as no request is accepted that the whole pool could not hold,
+  every admitted sequence ends.
+
+One step ahead. `schedule` may be called again before the plans before it are committed, so that the host works
+while the device does. The token that a step in flight will sample is then counted in `total` but not known;
+max_tokens is, so no step is scheduled past it. A step that was scheduled past a stop is computed and its result
+dropped. Pages and slot of a sequence that left are released when the last plan that uses them is committed. A page
+enters the prefix index at the commit of the plan that filled it, never while its write is in flight.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Iterable
+from heapq import heapify, heappop, heappush
+from operator import attrgetter
+
+from model_core.cache.pages import PagePool
+from model_core.engine.plan import Limits, Scheduled, StepPlan, check_request
+from model_core.engine.request import FinishReason, Request
+from model_core.engine.sequence import Reason, Sequence, State
+from model_core.errors import RequestError
+
+_rank = attrgetter("rank")
+
+
+class Scheduler:
+    """Owns all live sequences. Single-threaded: the engine thread calls every method.
+
+    eos_ids: end-of-sequence ids of the model, for requests that do not ignore them.
+    Totals since start, in tokens: prompt_tokens (admitted), generation_tokens, prefix_queries and prefix_hits (both
+    of first admissions, so that the hit rate is the traffic's and not the preemptions'); and `preemptions`.
+    """
+
+    def __init__(self, pool: PagePool, limits: Limits, *, eos_ids: Iterable[int] = ()) -> None:
+        self.pool = pool
+        self.limits = limits
+        self.preemptions = self.prefix_queries = self.prefix_hits = self.prompt_tokens = self.generation_tokens = 0
+        self._eos_ids = frozenset(eos_ids)
+        self._live: dict[str, Sequence] = {}
+        self._running: list[Sequence] = []  # by rank
+        self._queue: list[tuple[tuple[int, int], Sequence]] = []  # heap by rank; finished ones are skipped when met
+        self._leaving: set[Sequence] = set()  # not running, but plans in flight still use their pages
+        self._slots = list(range(limits.max_seqs))  # heap of the free ones
+        self._plans: deque[StepPlan] = deque()  # scheduled and not committed, oldest first
+        self._stalled: list[Sequence] = []  # those with a reason
+        self._preempted: list[str] = []  # since the last plan
+        self._head: tuple[Sequence, int] | None = None  # head of the queue and how many pages it waits for
+        self._arrivals = 0
+        self._steps = 0
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._live) - len(self._running)
+
+    @property
+    def in_flight(self) -> int:
+        """Plans that are scheduled and not committed."""
+        return len(self._plans)
+
+    @property
+    def has_work(self) -> bool:
+        """Some sequence is live or some plan is not committed."""
+        return bool(self._live or self._plans)
+
+    def get(self, request_id: str) -> Sequence | None:
+        """The live sequence of this request."""
+        return self._live.get(request_id)
+
+    def reasons(self) -> dict[str, Reason]:
+        """Why each live sequence is not part of the last plan, by request id; Reason.NONE if it is."""
+        return {key: seq.reason if seq.state is State.RUNNING or seq.reason is not Reason.NONE else Reason.PRIORITY
+                for key, seq in self._live.items()}
+
+    def add(self, request: Request) -> Sequence:
+        """Queue a request. Raises RequestError, with the numbers, if it could never finish or its id is in use."""
+        if request.request_id in self._live:
+            raise RequestError(f"request_id {request.request_id!r} is in use by a live request: ids must be unique",
+                               param="request_id", code="duplicate_request_id")
+        check_request(request, self.limits, self.pool)
+        seq = Sequence.of(request, self._arrivals, self._eos_ids)
+        self._arrivals += 1
+        self._live[request.request_id] = seq
+        heappush(self._queue, (seq.rank, seq))
+        return seq
+
+    def abort(self, request_id: str) -> bool:
+        """End a request without its result; False if it is not live. Pages: see `finish`."""
+        return self.finish(request_id, "abort") is not None
+
+    def finish(self, request_id: str, reason: FinishReason) -> Sequence | None:
+        """End a request from outside, e.g. at a stop string; None if it is not live.
+
+        Its pages are available after this, or after the commit of the last plan in flight that uses them.
+        """
+        seq = self._live.get(request_id)
+        if seq is not None:
+            self._end(seq, reason)
+            if len(self._queue) > 2 * self.waiting + 64:  # aborted ones behind a head that waits: drop them in bulk
+                self._queue = [item for item in self._queue if item[1].finish is None]
+                heapify(self._queue)
+        return seq
+
+    def preempt(self, request_id: str) -> bool:
+        """Send a running sequence back to the queue, as if its pages were needed; False if it does not run."""
+        seq = self._live.get(request_id)
+        if seq is None or seq.state is not State.RUNNING:
+            return False
+        self._preempt(seq)
+        return True
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None if no token can be computed now: nothing is live, or plans in flight come first.
+
+        With a live sequence and no plan in flight there is always a plan.
+        """
+        for seq in self._stalled:
+            seq.reason = Reason.NONE
+        self._stalled.clear()
+        entries: list[Scheduled] = []
+        chunks: list[Sequence] = []
+        page_size = self.pool.page_size
+        short = 0  # decodes without a page
+        for seq in self._running:  # _grow may drop sequences from the end of this list, never one that we met already
+            start, total = seq.computed, seq.total
+            if total - start > 1:
+                chunks.append(seq)
+            elif total < seq.limit:  # else its last token is in flight
+                if start >= len(seq.block_table) * page_size and not self._grow(seq, short):
+                    short += 1
+                    self._stall(seq, Reason.NO_PAGES)
+                    continue
+                entries.append(Scheduled(seq, start, 1, True))
+                seq.computed = total
+                seq.total = total + 1
+                seq.in_flight += 1
+        decodes = len(entries)
+        left = self.limits.max_batch_tokens - decodes
+        for seq in chunks:
+            left -= self._chunk(seq, left, entries)
+        admitted = self._admit(left, entries) if not short else []
+        if not entries:
+            return None
+        tokens = decodes + sum(entry.count for entry in entries[decodes:])
+        plan = StepPlan(self._steps, entries, decodes, tokens, admitted, self._preempted)
+        self._preempted = []
+        self._steps += 1
+        self._plans.append(plan)
+        return plan
+
+    def commit(self, plan: StepPlan, sampled: dict[str, int]) -> list[Sequence]:
+        """The device has done `plan`, the oldest in flight. Returns the sequences that ended by it.
+
+        sampled: token id by request id, for each entry with `samples` whose sequence has not ended meanwhile; others
+        are ignored. A preempted sequence keeps its token: only its pages are lost.
+        """
+        if not self._plans or self._plans[0] is not plan:
+            raise ValueError(f"step {plan.step} is committed out of order: "
+                             f"{[waiting.step for waiting in self._plans]} are in flight")
+        self._plans.popleft()
+        ended = []
+        page_size = self.pool.page_size
+        for seq, start, count, samples in plan.entries:
+            seq.in_flight -= 1
+            if seq.finish is None:
+                full = (start + count) // page_size
+                if full > seq.indexed:
+                    self._index(seq, full)
+                if samples:
+                    self.generation_tokens += 1
+                    reason = seq.append(sampled[seq.request.request_id])
+                    if reason is not None:
+                        self._end(seq, reason)
+                        ended.append(seq)
+            if seq in self._leaving and not seq.in_flight:
+                self._release(seq)
+        if not self._live and not self._leaving and self.pool.used:
+            raise RuntimeError(f"{self.pool.used} KV pages leaked: no sequence is left and they are still in use")
+        return ended
+
+    def check(self) -> None:
+        """Compare every structure with every other; AssertionError on a difference. For tests: costs O(pages)."""
+        everyone = [*self._live.values(), *(seq for seq in self._leaving if seq.finish is not None)]
+        self.pool.check(seq.block_table for seq in everyone)
+        uses = [seq for plan in self._plans for seq in {entry.seq for entry in plan.entries}]
+        for seq in everyone:
+            seq.check(self.pool.page_size)
+            assert seq.in_flight == uses.count(seq)
+            assert (seq in self._leaving) == (seq.state is not State.RUNNING and seq.in_flight > 0)
+        assert self._running == sorted((s for s in everyone if s.state is State.RUNNING), key=_rank)
+        queued = sorted((seq for _, seq in self._queue if seq.finish is None), key=_rank)
+        assert queued == sorted((s for s in everyone if s.state is State.WAITING), key=_rank)
+        slots = [seq.slot for seq in everyone if seq.slot is not None]
+        assert sorted(slots + self._slots) == list(range(self.limits.max_seqs)), "a slot is lost or held twice"
+
+    def _stall(self, seq: Sequence, reason: Reason) -> None:
+        seq.reason = reason
+        self._stalled.append(seq)
+
+    def _chunk(self, seq: Sequence, left: int, entries: list[Scheduled]) -> int:
+        """Schedule up to `left` tokens of a sequence whose pages are there; returns how many."""
+        start = seq.computed
+        count = min(seq.total - start, left)
+        if not count:
+            self._stall(seq, Reason.TOKEN_BUDGET)
+            return 0
+        seq.computed = start + count
+        seq.in_flight += 1
+        samples = seq.computed == seq.total
+        seq.total += samples
+        entries.append(Scheduled(seq, start, count, samples))
+        return count
+
+    def _grow(self, seq: Sequence, short: int) -> bool:
+        """One more page for a decode, preempting from the end if there is none. False: it must wait.
+
+        short: decodes that wait already for pages which steps in flight still use; preempting more sequences for
+        them would gain nothing.
+        """
+        while (pages := self.pool.allocate(1)) is None:
+            if sum(self.pool.exclusive(gone.block_table) for gone in self._leaving) > short:
+                return False
+            if self._running[-1] is seq:
+                return False
+            self._preempt(self._running[-1])
+        seq.block_table += pages
+        return True
+
+    def _admit(self, left: int, entries: list[Scheduled]) -> list[Sequence]:
+        """Move sequences from the queue to running while slots, tokens and pages last."""
+        admitted: list[Sequence] = []
+        while self._queue:
+            seq = self._queue[0][1]
+            if seq.finish is not None:
+                heappop(self._queue)
+                continue
+            if seq.in_flight:
+                reason = Reason.IN_FLIGHT
+            elif not self._slots:
+                reason = Reason.SLOTS
+            elif not left:
+                reason = Reason.TOKEN_BUDGET
+            elif not self._take_pages(seq):
+                reason = Reason.NO_PAGES
+            else:
+                heappop(self._queue)
+                seq.slot = heappop(self._slots)
+                seq.state = State.RUNNING
+                seq.admissions += 1
+                insort(self._running, seq, key=_rank)
+                admitted.append(seq)
+                left -= self._chunk(seq, left, entries)
+                continue
+            self._stall(seq, reason)
+            break
+        return admitted
+
+    def _take_pages(self, seq: Sequence) -> bool:
+        """Pages for all known tokens of a waiting sequence, as many as possible from the prefix index."""
+        pool = self.pool
+        room = pool.available - len(self._running)
+        if self._head is not None and self._head[0] is seq and room < self._head[1]:
+            return False  # too little was freed since it was looked at: do not walk a long prompt again every step
+        hits, node = pool.match(seq.tokens)
+        fresh = pool.pages_for(seq.total) - len(hits)
+        needed = fresh + pool.cost(hits)
+        if needed > room:
+            self._head = (seq, needed)
+            return False
+        self._head = None
+        pool.acquire(hits)
+        pages = pool.allocate(fresh)
+        assert pages is not None
+        seq.block_table = hits + pages
+        seq.computed = len(hits) * pool.page_size
+        seq.indexed, seq.node = len(hits), node
+        if not seq.admissions:
+            seq.cached_tokens = seq.computed
+            self.prefix_queries += seq.num_prompt
+            self.prefix_hits += seq.cached_tokens
+            self.prompt_tokens += seq.num_prompt
+        return True
+
+    def _index(self, seq: Sequence, full: int) -> None:
+        """Tell the prefix index that the first `full` pages of a sequence are written."""
+        size = self.pool.page_size
+        for page in range(seq.indexed, full):
+            seq.node = self.pool.insert(seq.node, seq.tokens[page * size : (page + 1) * size], seq.block_table[page])
+        seq.indexed = full
+
+    def _preempt(self, seq: Sequence) -> None:
+        self._stop_running(seq, State.WAITING)
+        self._stall(seq, Reason.NO_PAGES)
+        heappush(self._queue, (seq.rank, seq))
+        self.preemptions += 1
+        self._preempted.append(seq.request_id)
+
+    def _end(self, seq: Sequence, reason: FinishReason) -> None:
+        del self._live[seq.request_id]
+        seq.finish = reason
+        if seq.state is State.RUNNING:
+            self._stop_running(seq, State.FINISHED)
+        seq.state = State.FINISHED
+
+    def _stop_running(self, seq: Sequence, state: State) -> None:
+        del self._running[bisect_left(self._running, seq.rank, key=_rank)]
+        seq.state = state
+        if seq.in_flight:
+            self._leaving.add(seq)
+        else:
+            self._release(seq)
+
+    def _release(self, seq: Sequence) -> None:
+        """Give back pages and slot of a sequence that no plan uses any more."""
+        assert seq.slot is not None and not seq.in_flight
+        self._leaving.discard(seq)
+        heappush(self._slots, seq.slot)
+        self.pool.release(seq.block_table)
+        seq.slot, seq.block_table, seq.computed, seq.indexed, seq.node = None, [], 0, 0, None

@@ -1,0 +1,103 @@
+"""A sequence: one request while it lives in the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from model_core.cache.prefix import Node
+from model_core.engine.request import FinishReason, Request
+
+
+class State(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Reason(Enum):
+    """Why a live sequence is not part of the last plan."""
+
+    NONE = "none"  # it is part of it, or only waits for the result of a step in flight
+    NO_PAGES = "no_pages"  # too few pages are free or evictable
+    TOKEN_BUDGET = "token_budget"  # the step is full
+    SLOTS = "slots"  # max_seqs sequences run
+    PRIORITY = "priority"  # it waits behind one that is more urgent or came earlier
+    IN_FLIGHT = "in_flight"  # preempted, and a step on the device still uses its pages
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens and how far they are computed. Only the scheduler writes these fields.
+
+    tokens          prompt and output ids that the host knows
+    total           len(tokens), plus one for each token that a step in flight will sample
+    computed        tokens [0, computed) have, or will have after the steps in flight, keys and values in the pages
+    block_table     page of position p: block_table[p // page_size]. Only appended to while `admissions` stays the
+                    same; a mirror is up to date if (admissions, len(block_table)) is
+    in_flight       scheduled plans, not committed yet, that use this sequence's pages
+    admissions      times it was admitted: 1 + times it came back after a preemption
+
+    Invariants: computed < total <= limit, len(tokens) <= total, and pages cover every computed token.
+    """
+
+    request: Request
+    arrival: int  # order of arrival at the scheduler
+    stop_ids: frozenset[int]  # the request's, and the model's eos unless ignored
+    tokens: list[int]
+    num_prompt: int
+    limit: int  # len(tokens) at which it ends: prompt + max_tokens
+    total: int
+    rank: tuple[int, int]  # who goes first: (priority, arrival), lowest first
+    computed: int = 0
+    block_table: list[int] = field(default_factory=list)
+    slot: int | None = None
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache at its first admission
+    in_flight: int = 0
+    admissions: int = 0
+    state: State = State.WAITING
+    reason: Reason = Reason.NONE
+    finish: FinishReason | None = None
+    indexed: int = 0  # pages of the block table that the prefix index was told about
+    node: Node | None = None  # of the last of them
+
+    @classmethod
+    def of(cls, request: Request, arrival: int, eos_ids: frozenset[int] = frozenset()) -> Sequence:
+        """A new, waiting sequence. eos_ids: of the model; added to the stop ids unless the request ignores them."""
+        params, prompt = request.params, len(request.prompt_ids)
+        stop_ids = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else eos_ids)
+        return cls(request, arrival, stop_ids, list(request.prompt_ids), prompt, prompt + params.max_tokens, prompt,
+                   (request.priority, arrival))
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens that the host knows."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def pending(self) -> int:
+        """Tokens that steps in flight will sample."""
+        return self.total - len(self.tokens)
+
+    def append(self, token: int) -> FinishReason | None:
+        """Take a sampled token; the reason if the sequence ends with it. Stop ids count from min_tokens on."""
+        self.tokens.append(token)
+        length = len(self.tokens)
+        if token in self.stop_ids and length - self.num_prompt >= self.request.params.min_tokens:
+            return "stop"
+        return "length" if length >= self.limit else None
+
+    def check(self, page_size: int) -> None:
+        """Assert the invariants; for tests."""
+        assert self.computed < self.total <= self.limit, (self.computed, self.total, self.limit)
+        assert len(self.tokens) <= self.total
+        assert self.pending <= self.in_flight
+        assert (self.slot is None) == (self.state is not State.RUNNING and not self.in_flight)
+        if self.state is State.RUNNING:
+            assert len(self.block_table) * page_size >= self.computed
+        if self.slot is None:
+            assert not self.block_table and not self.computed
