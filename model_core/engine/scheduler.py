@@ -179,8 +179,8 @@ class Scheduler:
             raise ValueError(f"step {plan.step} is committed out of order: "
                              f"{[waiting.step for waiting in self._plans]} are in flight")
         self._plans.popleft()
-        ended = []
-        page_size = self.pool.page_size
+        ended, generated = [], 0
+        page_size, leaving = self.pool.page_size, self._leaving
         for seq, start, count, samples in plan.entries:
             seq.in_flight -= 1
             if seq.finish is None:
@@ -188,13 +188,15 @@ class Scheduler:
                 if full > seq.indexed:
                     self._index(seq, full)
                 if samples:
-                    self.generation_tokens += 1
-                    reason = seq.append(sampled[seq.request.request_id])
-                    if reason is not None:
+                    token, tokens = sampled[seq.request_id], seq.tokens
+                    tokens.append(token)
+                    generated += 1
+                    if (token in seq.stop_ids or len(tokens) >= seq.limit) and (reason := seq.ends()):
                         self._end(seq, reason)
                         ended.append(seq)
-            if seq in self._leaving and not seq.in_flight:
+            if not seq.in_flight and seq in leaving:
                 self._release(seq)
+        self.generation_tokens += generated
         if not self._live and not self._leaving and self.pool.used:
             raise RuntimeError(f"{self.pool.used} KV pages leaked: no sequence is left and they are still in use")
         return ended

@@ -42,6 +42,7 @@ class Sequence:
     """
 
     request: Request
+    request_id: str
     arrival: int  # order of arrival at the scheduler
     stop_ids: frozenset[int]  # the request's, and the model's eos unless ignored
     tokens: list[int]
@@ -66,12 +67,8 @@ class Sequence:
         """A new, waiting sequence. eos_ids: of the model; added to the stop ids unless the request ignores them."""
         params, prompt = request.params, len(request.prompt_ids)
         stop_ids = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else eos_ids)
-        return cls(request, arrival, stop_ids, list(request.prompt_ids), prompt, prompt + params.max_tokens, prompt,
-                   (request.priority, arrival))
-
-    @property
-    def request_id(self) -> str:
-        return self.request.request_id
+        return cls(request, request.request_id, arrival, stop_ids, list(request.prompt_ids), prompt,
+                   prompt + params.max_tokens, prompt, (request.priority, arrival))
 
     @property
     def num_output(self) -> int:
@@ -83,13 +80,11 @@ class Sequence:
         """Tokens that steps in flight will sample."""
         return self.total - len(self.tokens)
 
-    def append(self, token: int) -> FinishReason | None:
-        """Take a sampled token; the reason if the sequence ends with it. Stop ids count from min_tokens on."""
-        self.tokens.append(token)
-        length = len(self.tokens)
-        if token in self.stop_ids and length - self.num_prompt >= self.request.params.min_tokens:
+    def ends(self) -> FinishReason | None:
+        """The reason if the sequence ends with its last token. Stop ids count from min_tokens on."""
+        if self.tokens[-1] in self.stop_ids and self.num_output >= max(1, self.request.params.min_tokens):
             return "stop"
-        return "length" if length >= self.limit else None
+        return "length" if len(self.tokens) >= self.limit else None
 
     def check(self, page_size: int) -> None:
         """Assert the invariants; for tests."""
