@@ -1,0 +1,251 @@
+"""The two forms of an answer: a whole JSON object, or server-sent events while the tokens come."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from deployments.api.choice import Choice
+from deployments.api.job import Job
+from deployments.api.run import run_job
+from deployments.api.service import Service
+from deployments.api.supervise import supervise
+from deployments.protocol.errors import ApiError
+from deployments.protocol.events import (
+    DONE,
+    HEARTBEAT,
+    ChatEvents,
+    ChoiceEvents,
+    TextEvents,
+    error_event,
+    usage_event,
+)
+from deployments.protocol.responses import Entry, chat_choice, text_choice, whole
+
+SSE_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+FAREWELL_S = 5.0
+
+
+class Json(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return orjson.dumps(content)
+
+
+class Answer:
+    """An ASGI app that runs the job under admission and supervision; `_produce` says how its text is sent."""
+
+    def __init__(self, service: Service, job: Job) -> None:
+        self._service = service
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        service, job = self._service, self._job
+        count = len(job.choices)
+        await service.gate.check(count)
+        with service.gate.hold(count):
+            try:
+                await supervise(
+                    self._produce(scope, send),
+                    receive,
+                    started=lambda: any(choice.tokens for choice in job.choices),
+                    first_token_s=service.limits.queue_timeout_s,
+                    total_s=service.limits.request_timeout_s,
+                )
+            except ApiError as error:
+                if not await self._fail(error):
+                    raise
+            finally:
+                self._account()
+
+    async def _produce(self, scope: Scope, send: Send) -> None:
+        raise NotImplementedError
+
+    async def _fail(self, error: ApiError) -> bool:
+        """Reports an error in an answer that has begun; False if it has not, so that a plain error can be sent."""
+        return False
+
+    def _account(self) -> None:
+        """Metrics and the access record, however the request ended."""
+        job, metrics = self._job, self._service.metrics
+        usage = job.usage()
+        record = job.record
+        record.prompt_tokens, record.completion_tokens, record.cached_tokens = usage
+        record.finish = ",".join(choice.finish or "abort" for choice in job.choices)
+        firsts = [choice.first_token_at for choice in job.choices if choice.first_token_at is not None]
+        if firsts:
+            record.ttft_ms = round((min(firsts) - record.begun) * 1e3, 2)
+        metrics.n.observe(job.request.n)
+        metrics.cached_tokens += usage.cached_tokens
+        slowest = 0.0
+        for choice in job.choices:
+            metrics.finished[choice.finish or "abort"] += 1
+            metrics.prompt_tokens.observe(len(choice.request.prompt_ids))
+            metrics.generation_tokens.observe(choice.tokens)
+            metrics.max_tokens.observe(choice.request.params.max_tokens)
+            if choice.tokens > 1 and choice.first_token_at is not None and choice.last_token_at is not None:
+                spent = choice.last_token_at - choice.first_token_at
+                metrics.decode_time.observe(spent)
+                metrics.time_per_output_token.observe(spent / (choice.tokens - 1))
+                slowest = max(slowest, spent / (choice.tokens - 1))
+        if slowest:
+            record.tpot_ms = round(slowest * 1e3, 3)
+
+
+class WholeAnswer(Answer):
+    async def _produce(self, scope: Scope, send: Send) -> None:
+        job = self._job
+        texts: list[list[str]] = [[] for _ in job.choices]
+        entries: list[list[Entry]] = [[] for _ in job.choices]
+
+        async def collect(choice: Choice, text: str) -> None:
+            texts[choice.index].append(text)
+            if job.max_logprobs >= 0:
+                entries[choice.index].extend(choice.take_entries())
+
+        await run_job(self._service, job, collect)
+        shape = chat_choice if job.is_chat else text_choice
+        choices = []
+        for choice in job.choices:
+            text = "".join(texts[choice.index])
+            if job.echoes is not None:
+                text = job.echoes[choice.index // job.request.n] + text
+            writer = job.logprobs(self._service, choice)
+            logprobs = None if writer is None else writer.json(entries[choice.index], job.max_logprobs)
+            choices.append(shape(choice.index, text, logprobs, choice.finish, choice.stop_reason))
+        await Json(whole(job.head, choices, job.usage()))(scope, _no_receive, send)
+
+
+class StreamedAnswer(Answer):
+    """The 200 is held back until the first tokens (or the first heartbeat), so that earlier errors are plain JSON."""
+
+    _sse: SseWriter | None = None
+
+    async def _produce(self, scope: Scope, send: Send) -> None:
+        job, service = self._job, self._service
+        request = job.request
+        head = job.head._replace(object="chat.completion.chunk") if job.is_chat else job.head
+        kind = ChatEvents if job.is_chat else TextEvents
+        lines: list[ChoiceEvents] = [
+            kind(head, i, include_usage=request.include_usage) for i in range(len(job.choices))
+        ]
+        logprobs = [job.logprobs(service, choice) for choice in job.choices]
+        is_open = [False] * len(job.choices)
+        sse = self._sse = SseWriter(send, scope.get("mini_llm.send", send), service.limits.heartbeat_s)
+
+        async def pass_on(choice: Choice, text: str) -> None:
+            i = choice.index
+            line = lines[i]
+            if not is_open[i]:
+                is_open[i] = True
+                sse.add(line.open())
+                if job.echoes is not None:
+                    sse.add(line.text(job.echoes[i // request.n]))
+            shown = None
+            writer = logprobs[i]
+            if writer is not None and (entries := choice.take_entries()):
+                shown = writer.json(entries, job.max_logprobs)
+            if text or shown:
+                sse.add(line.text(text, shown, job.usage() if request.continuous_usage else None))
+            if choice.finish is not None:
+                usage = job.usage() if request.continuous_usage else None
+                sse.add(line.finish(choice.finish, choice.stop_reason, usage))
+                if all(other.finish is not None for other in job.choices):
+                    return  # finish() sends it together with what comes last
+            await sse.flush()
+
+        try:
+            await run_job(service, job, pass_on)
+            if request.include_usage:
+                sse.add(usage_event(head, job.usage()))
+            sse.add(DONE)
+            await sse.finish()
+        finally:
+            sse.stop()
+
+    async def _fail(self, error: ApiError) -> bool:
+        sse = self._sse
+        if sse is None or not sse.started:
+            return False
+        self._job.record.error = error.code or error.type
+        sse.add(error_event(error.body()))
+        sse.add(DONE)
+        with suppress(asyncio.TimeoutError):  # of a reader that stopped reading
+            await asyncio.wait_for(sse.finish(), FAREWELL_S)
+        return True
+
+
+class SseWriter:
+    """Sends events; whatever has been added while an earlier send waited for a slow reader goes out in one piece.
+
+    A reader that stops reading blocks flush() (the server's flow control), which stops the consumption of tokens: at
+    most one list of events per choice waits here. Heartbeats are comments after `heartbeat_s` seconds without events,
+    also before the first. send_start passes the layers that look at the response's start; send goes past them: each
+    would cost a coroutine per token only to hand the message on.
+    """
+
+    def __init__(self, send_start: Send, send: Send, heartbeat_s: float) -> None:
+        self.started = False
+        self._send_start = send_start
+        self._send = send
+        self._heartbeat_s = heartbeat_s
+        self._parts: list[bytes] = []
+        self._lock = asyncio.Lock()
+        self._loop = asyncio.get_running_loop()
+        self._last = self._loop.time()
+        self._beat: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        if heartbeat_s > 0:
+            self._timer = self._loop.call_later(heartbeat_s, self._tick)
+
+    def add(self, data: bytes) -> None:
+        self._parts.append(data)
+
+    async def flush(self, more: bool = True) -> None:
+        async with self._lock:
+            if not self._parts and more:
+                return
+            data = b"".join(self._parts)
+            self._parts.clear()
+            if not self.started:
+                self.started = True
+                await self._send_start({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
+            await self._send({"type": "http.response.body", "body": data, "more_body": more})
+            self._last = self._loop.time()
+
+    async def finish(self) -> None:
+        """The last flush; ends the response at once (the official client waits only 0.1 s for the end after [DONE])."""
+        self.stop()
+        await self.flush(more=False)
+
+    def stop(self) -> None:
+        """No more heartbeats."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _tick(self) -> None:
+        idle = self._loop.time() - self._last
+        if idle >= self._heartbeat_s and not self._lock.locked():
+            self.add(HEARTBEAT)
+            self._beat = self._loop.create_task(self.flush())
+            idle = 0.0
+        self._timer = self._loop.call_later(self._heartbeat_s - min(idle, self._heartbeat_s * 0.9), self._tick)
+
+
+async def _no_receive() -> Any:
+    raise AssertionError("a whole answer reads nothing")
+
+
+def answer(service: Service, job: Job) -> Answer:
+    return StreamedAnswer(service, job) if job.request.stream else WholeAnswer(service, job)

@@ -1,0 +1,154 @@
+"""The Starlette application: every route of the HTTP API. Needs a token transport and a tokenizer, but no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as package_version
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from deployments.api.answer import Answer, Json, answer
+from deployments.api.edge import Edge, on_api_error, on_http_error
+from deployments.api.job import chat_job, completion_job
+from deployments.api.metrics import CONTENT_TYPE
+from deployments.api.service import Limits, Service
+from deployments.protocol.body import read_json
+from deployments.protocol.errors import ApiError, loading, model_not_found
+from deployments.protocol.requests import parse_chat, parse_completion
+from deployments.protocol.responses import model_card
+from deployments.transport.base import NotReady, Transport
+from model_core.tokenizer.tokenizer import Tokenizer
+
+
+def create_app(transport: Transport, tokenizer: Tokenizer, limits: Limits, *, tag_responses: bool = True) -> Starlette:
+    """The API over one served model. The app starts and closes the transport with its lifespan.
+
+    tag_responses: send the header x-request-id (Ray Serve's proxies send it themselves).
+    app.state.service is the Service; app.state.service.gate.drain() stops admission.
+    """
+    service = Service(transport, tokenizer, limits, version=_version())
+    endpoints = Endpoints(service)
+    routes = [
+        Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
+        Route("/v1/completions", endpoints.completions, methods=["POST"]),
+        Route("/v1/models", endpoints.models),
+        Route("/v1/models/{id:path}", endpoints.model),
+        Route("/health", endpoints.health),
+        Route("/ready", endpoints.ready),
+        Route("/metrics", endpoints.metrics),
+        Route("/version", endpoints.version),
+        Route("/debug/dispatch", endpoints.dispatch),
+        Route("/", endpoints.index),
+    ]
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        await transport.start()
+        try:
+            yield
+        finally:
+            service.gate.drain()
+            await transport.close()
+            service.close()
+
+    paths = frozenset(route.path for route in routes)
+    edge = Middleware(Edge, metrics=service.metrics, routes=paths, tag_responses=tag_responses)
+    app = Starlette(
+        routes=routes,
+        middleware=[edge],
+        exception_handlers={ApiError: on_api_error, HTTPException: on_http_error},
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False  # a redirected POST loses its body in many clients: a 404 says what is wrong
+    app.state.service = service
+    return app
+
+
+class Endpoints:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def chat(self, request: Request) -> Answer:
+        body = await self._body(request)
+        parsed, unknown = parse_chat(body, self._service.limits)
+        self._service.metrics.unknown_fields += len(unknown)
+        return answer(self._service, await chat_job(self._service, parsed, request.scope["mini_llm.record"]))
+
+    async def completions(self, request: Request) -> Answer:
+        body = await self._body(request)
+        parsed, unknown = parse_completion(body, self._service.limits)
+        self._service.metrics.unknown_fields += len(unknown)
+        return answer(self._service, await completion_job(self._service, parsed, request.scope["mini_llm.record"]))
+
+    async def models(self, request: Request) -> Response:
+        info = await self._service.info()
+        return Json({"object": "list", "data": [model_card(info, self._service.created)]})
+
+    async def model(self, request: Request) -> Response:
+        info = await self._service.info()
+        name = request.path_params["id"]
+        if name != info.model:
+            raise model_not_found(name[:200], [info.model])
+        return Json(model_card(info, self._service.created))
+
+    async def health(self, request: Request) -> Response:
+        return Json({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        service = self._service
+        if await service.is_ready():
+            return Json({"status": "ready"})
+        status = "draining" if service.gate.is_draining else "loading"
+        return Json({"status": status}, status_code=503, headers={"retry-after": "2"})
+
+    async def metrics(self, request: Request) -> Response:
+        service = self._service
+        stats = await service.stats()
+        try:
+            model = (await service.info()).model
+        except ApiError:
+            model = ""
+        text = service.metrics.render(model, stats, service.gate.active)
+        return Response(text, headers={"content-type": CONTENT_TYPE})
+
+    async def version(self, request: Request) -> Response:
+        return Json({"version": self._service.version})
+
+    async def dispatch(self, request: Request) -> Response:
+        await self._service.info()
+        try:
+            return Json({"object": "list", "data": await self._service.transport.dispatch_table()})
+        except NotReady:
+            raise loading() from None
+
+    async def index(self, request: Request) -> Response:
+        return Json(
+            {
+                "name": "Mini-LLM-Infra",
+                "version": self._service.version,
+                "generate": ["POST /v1/chat/completions", "POST /v1/completions"],
+                "models": ["GET /v1/models", "GET /v1/models/{id}"],
+                "operate": ["GET /health", "GET /ready", "GET /metrics", "GET /version", "GET /debug/dispatch"],
+            }
+        )
+
+    async def _body(self, request: Request) -> dict[str, Any]:
+        """Admission comes first: an overloaded server must not spend its time on parsing and tokenising."""
+        await self._service.gate.check(1)
+        headers = dict(request.scope["headers"])
+        return await read_json(headers, request.receive, self._service.limits.max_body_bytes)
+
+
+def _version() -> str:
+    try:
+        return package_version("mini-llm-infra")
+    except PackageNotFoundError:
+        return "0.0.0"

@@ -1,0 +1,99 @@
+"""The outermost layer of the app: request ids, one access record per request, and no exception without an envelope."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import uuid
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deployments.api.metrics import Metrics
+from deployments.api.record import Record
+from deployments.protocol.body import ClientGone
+from deployments.protocol.errors import ApiError, internal_error
+
+log = logging.getLogger("mini_llm.api")
+
+_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
+_GOOD_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+class Edge:
+    """ASGI middleware. tag_responses: send x-request-id (off under Ray Serve, whose proxies add it themselves).
+
+    scope["mini_llm.record"] is the request's Record; scope["mini_llm.send"] the server's own send.
+    """
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, routes: frozenset[str], tag_responses: bool) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._routes = routes
+        self._tag_responses = tag_responses
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        request_id = given if _GOOD_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        path = scope["path"]
+        # unknown paths share one label: a scanner must not create a time series per guess
+        route = path if path in self._routes else "/v1/models/{id}" if path.startswith("/v1/models/") else "other"
+        record = Record(request_id.decode(), scope["method"], route)
+        scope["mini_llm.record"] = record
+        scope["mini_llm.send"] = send
+
+        async def send_start(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                if self._tag_responses:
+                    message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_start)
+        except (ClientGone, asyncio.CancelledError) as gone:
+            record.status = 499
+            record.error = "client_gone"
+            if isinstance(gone, asyncio.CancelledError):
+                raise
+        except Exception:
+            log.exception("request %s failed", record.id)
+            if record.status:
+                raise  # the response has begun: the server must cut it, so that it cannot look complete
+            record.error = "internal_error"
+            await error_response(internal_error())(scope, receive, send_start)
+        finally:
+            method = record.method if record.method in _METHODS else "other"
+            self._metrics.http[(method, route, str(record.status))] += 1
+            if record.status == 503:
+                self._metrics.rejected[record.error or "other"] += 1
+            if route.startswith("/v1/") and record.method == "POST":
+                self._metrics.request_latency.observe(record.seconds())
+            record.write()
+
+
+def error_response(error: ApiError) -> Response:
+    return Response(error.body(), error.status, error.headers, "application/json")
+
+
+async def on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    request.scope["mini_llm.record"].error = error.code or error.type
+    return error_response(error)
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own 404 and 405 in our envelope."""
+    assert isinstance(error, HTTPException)
+    headers = {name.lower(): value for name, value in (error.headers or {}).items()}
+    if error.status_code == 405:
+        message = f"Method {request.method[:20]} is not allowed here. Allowed: {headers.get('allow', '')}."
+        return await on_api_error(request, ApiError(405, message, code="method_not_allowed", headers=headers))
+    message = f"Unknown URL: {request.method[:20]} {request.url.path[:200]}. GET / lists what is served."
+    return await on_api_error(request, ApiError(404, message, code="unknown_url"))

@@ -1,0 +1,259 @@
+"""A validated request → a job: prompts as token ids, one engine request per choice."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass, replace
+from typing import Any
+
+from deployments.api.choice import Choice, LateStop
+from deployments.api.record import Record
+from deployments.api.service import Service
+from deployments.protocol.errors import ApiError, bad_request, context_too_long
+from deployments.protocol.messages import check_template_kwargs, for_template
+from deployments.protocol.requests import INT64, ChatRequest, CompletionRequest, GenerationRequest
+from deployments.protocol.responses import ChatLogprobs, Head, TextLogprobs, Usage
+from model_core.engine.request import EngineInfo, Request, SamplingParams
+from model_core.errors import RequestError
+from model_core.tokenizer.detokenizer import Detokenizer
+
+
+@dataclass
+class Job:
+    """One HTTP request's work. choices[p * n + k] answers prompts[p]; echoes[p] is the prompt's text, if asked for."""
+
+    request: ChatRequest | CompletionRequest
+    head: Head
+    prompts: list[list[int]]
+    choices: list[Choice]
+    echoes: list[str] | None
+    record: Record
+    max_logprobs: int  # alternatives per token; -1: no log-probabilities
+
+    @property
+    def is_chat(self) -> bool:
+        return isinstance(self.request, ChatRequest)
+
+    def usage(self) -> Usage:
+        """So far. A prompt counts once, however many choices answer it."""
+        n = self.request.n
+        return Usage(
+            sum(map(len, self.prompts)),
+            sum(choice.tokens for choice in self.choices),
+            sum(choice.cached_tokens for choice in self.choices[::n]),
+        )
+
+    def logprobs(self, service: Service, choice: Choice) -> ChatLogprobs | TextLogprobs | None:
+        """A new writer of `choice`'s log-probabilities, None if they were not asked for."""
+        if self.max_logprobs < 0:
+            return None
+        return ChatLogprobs(service.tokenizer) if self.is_chat else TextLogprobs(service.tokenizer)
+
+
+async def chat_job(service: Service, request: ChatRequest, record: Record) -> Job:
+    """Raises ApiError 400, 404, 503."""
+    info = await service.check_model(request.model)
+    try:
+        if request.messages is None:
+            assert request.prompt is not None
+            ids = await _encode_prompt_as_chat(service, info, request.prompt, request)
+        else:
+            messages = for_template(request.messages)
+            ids = await _encode_messages(service, info, messages, request)
+    except RequestError as error:
+        raise _refused(error) from None
+    _check_room(info, ids, "messages" if request.prompt is None else "prompt")
+    return _job(service, info, request, record, [ids], None)
+
+
+async def completion_job(service: Service, request: CompletionRequest, record: Record) -> Job:
+    """Raises ApiError 400, 404, 503."""
+    info = await service.check_model(request.model)
+    if len(request.prompt) * request.n > info.max_seqs + service.limits.max_queued_requests:
+        raise bad_request(
+            f"{len(request.prompt)} prompts with n={request.n} are more sequences than this server takes at once.",
+            param="prompt",
+        )
+    prompts: list[list[int]] = []
+    try:
+        for prompt in request.prompt:
+            prompts.append(await _encode_prompt(service, info, prompt, request.add_special_tokens))
+            if request.max_tokens:
+                _check_room(info, prompts[-1], "prompt")
+    except RequestError as error:
+        raise _refused(error) from None
+    echoes = None
+    if request.echo:
+        decode = service.tokenizer.decode
+        echoes = [p if isinstance(p, str) else decode(p, skip_special_tokens=False) for p in request.prompt]
+    return _job(service, info, request, record, prompts, echoes)
+
+
+def _job(
+    service: Service,
+    info: EngineInfo,
+    request: ChatRequest | CompletionRequest,
+    record: Record,
+    prompts: list[list[int]],
+    echoes: list[str] | None,
+) -> Job:
+    _check_ids(info, request.stop_token_ids, "stop_token_ids")
+    _check_ids(info, list(request.logit_bias), "logit_bias")
+    is_chat = isinstance(request, ChatRequest)
+    head = Head(
+        ("chatcmpl-" if is_chat else "cmpl-") + uuid.uuid4().hex,
+        "chat.completion" if is_chat else "text_completion",
+        int(time.time()),
+        request.model or info.model,
+        service.fingerprint,
+    )
+    params = [_params(info, request, len(ids)) for ids in prompts]
+    choices = []
+    for p, ids in enumerate(prompts):
+        for k in range(request.n):
+            index = p * request.n + k
+            engine_request = Request(f"{head.id}-{index}", ids, _seeded(params[p], k), request.priority)
+            choices.append(_choice(service, info, request, engine_request, index, record.begun))
+    record.model = head.model
+    record.stream = request.stream
+    record.n = request.n
+    logprobs = request.asked_logprobs
+    return Job(request, head, prompts, choices, echoes, record, -1 if logprobs is None else logprobs)
+
+
+def _choice(
+    service: Service,
+    info: EngineInfo,
+    request: GenerationRequest,
+    engine_request: Request,
+    index: int,
+    started_at: float,
+) -> Choice:
+    # a chat answer starts a text (its first token's leading space is the format's, not the answer's);
+    # a completion continues one
+    before = [] if isinstance(request, ChatRequest) else engine_request.prompt_ids[-64:]
+
+    def detokenizer(stop: list[str], prompt_ids: list[int]) -> Detokenizer:
+        return Detokenizer(
+            service.tokenizer,
+            stop=stop,
+            include_stop=request.include_stop_str_in_output,
+            skip_special_tokens=request.skip_special_tokens,
+            prompt_ids=prompt_ids,
+        )
+
+    if request.stop and request.min_tokens:
+        text: Any = LateStop(detokenizer, request.stop, before, request.min_tokens)
+    else:
+        text = detokenizer(request.stop, before)
+    return Choice(
+        index,
+        engine_request,
+        text,
+        eos_ids=info.eos_ids,
+        include_stop=request.include_stop_str_in_output,
+        metrics=service.metrics,
+        started_at=started_at,
+    )
+
+
+def _params(info: EngineInfo, request: ChatRequest | CompletionRequest, prompt_tokens: int) -> SamplingParams:
+    """max_tokens beyond the context is refused; within it, clamped to the room the prompt leaves (as vLLM does)."""
+    limit = min(info.context_length, info.pool_tokens)
+    asked = request.asked_tokens
+    name = "max_tokens" if request.max_tokens == asked else "max_completion_tokens"
+    if asked is not None and asked > limit:
+        raise bad_request(
+            f"{name} is too large: {asked}. This model's context holds {limit} tokens, prompt and answer together.",
+            param=name,
+            code="integer_above_max_value",
+        )
+    room = limit - prompt_tokens
+    max_tokens = room if asked is None else min(asked, room)
+    if request.min_tokens > max_tokens:
+        raise bad_request(
+            f"'min_tokens' ({request.min_tokens}) is more than the {max_tokens} tokens that max_tokens and the context "
+            "leave.",
+            param="min_tokens",
+        )
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=request.temperature if request.top_p else 0.0,  # top_p 0 keeps the best token alone
+        top_k=max(request.top_k, 0),
+        top_p=request.top_p or 1.0,
+        min_p=request.min_p,
+        repetition_penalty=request.repetition_penalty,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        logit_bias=request.logit_bias,
+        seed=request.seed,
+        logprobs=request.asked_logprobs,
+        stop_ids=tuple(request.stop_token_ids),
+        ignore_eos=request.ignore_eos,
+        min_tokens=request.min_tokens,
+    )
+
+
+def _seeded(params: SamplingParams, k: int) -> SamplingParams:
+    """The k-th choice's parameters: seed + k, wrapped into int64, so that choices differ and each can be repeated."""
+    if params.seed is None or k == 0:
+        return params
+    return replace(params, seed=(params.seed + k + INT64) % (2 * INT64) - INT64)
+
+
+async def _encode_messages(
+    service: Service, info: EngineInfo, messages: list[dict[str, Any]], request: ChatRequest
+) -> list[int]:
+    kwargs = check_template_kwargs(request.chat_template_kwargs)
+    chars = sum(len(message["content"]) for message in messages)
+    least = sum(service.least_tokens(message["content"]) for message in messages)
+    if least >= info.context_length:
+        raise context_too_long(info.context_length, least, noun="messages", at_least=True)
+    return await service.text_work(
+        chars,
+        lambda: service.tokenizer.encode_chat(
+            messages, add_generation_prompt=request.add_generation_prompt, **kwargs
+        ),
+    )
+
+
+async def _encode_prompt_as_chat(service: Service, info: EngineInfo, prompt: str, request: ChatRequest) -> list[int]:
+    """A bare prompt at the chat endpoint is one user message; a model without a chat template continues it as text."""
+    if service.tokenizer.chat_template is None:
+        return await _encode_prompt(service, info, prompt, True)
+    return await _encode_messages(service, info, [{"role": "user", "content": prompt}], request)
+
+
+async def _encode_prompt(service: Service, info: EngineInfo, prompt: str | list[int], special: bool) -> list[int]:
+    if not isinstance(prompt, str):
+        _check_ids(info, prompt, "prompt")
+        return prompt
+    least = service.least_tokens(prompt)
+    if least >= info.context_length:
+        raise context_too_long(info.context_length, least, noun="prompt", at_least=True)
+    ids = await service.text_work(
+        len(prompt), lambda: service.tokenizer.encode(prompt, add_special_tokens=special)
+    )
+    if not ids:
+        raise bad_request("The prompt is empty: send at least one token.", param="prompt")
+    return ids
+
+
+def _check_room(info: EngineInfo, ids: list[int], noun: str) -> None:
+    limit = min(info.context_length, info.pool_tokens)
+    if len(ids) >= limit:
+        raise context_too_long(limit, len(ids), noun=noun)
+
+
+def _check_ids(info: EngineInfo, ids: list[int], param: str) -> None:
+    if ids and (min(ids) < 0 or max(ids) >= info.vocab_size):
+        bad = next(i for i in ids if not 0 <= i < info.vocab_size)
+        raise bad_request(
+            f"Invalid '{param}': token id {str(bad)[:24]} is outside the vocabulary of {info.vocab_size} tokens.",
+            param=param,
+        )
+
+
+def _refused(error: RequestError) -> ApiError:
+    return bad_request(str(error), param=error.param, code=error.code or "invalid_value")

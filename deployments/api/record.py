@@ -1,0 +1,44 @@
+"""One JSON line per HTTP request on the logger `mini_llm.access`: ids, counts and milliseconds, never its text."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+
+import orjson
+
+log = logging.getLogger("mini_llm.access")
+
+
+@dataclass
+class Record:
+    """Filled in while a request is served; None means "does not apply"."""
+
+    id: str
+    method: str
+    route: str
+    status: int = 0  # 499: the client left (nginx's code)
+    model: str | None = None
+    stream: bool | None = None
+    n: int | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cached_tokens: int | None = None
+    ttft_ms: float | None = None  # arrival to first token
+    tpot_ms: float | None = None  # mean time per further token, slowest choice
+    finish: str | None = None  # finish reasons of the choices, joined by commas
+    error: str | None = None  # error code
+    begun: float = field(default_factory=time.perf_counter)
+
+    def seconds(self) -> float:
+        """Since the request's head arrived."""
+        return time.perf_counter() - self.begun
+
+    def write(self) -> None:
+        if not log.isEnabledFor(logging.INFO):
+            return
+        line = {"ts": round(time.time(), 3)}
+        line.update({key: value for key, value in vars(self).items() if value is not None and key != "begun"})
+        line["total_ms"] = round(self.seconds() * 1e3, 2)
+        log.info(orjson.dumps(line).decode())

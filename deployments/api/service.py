@@ -1,0 +1,121 @@
+"""What the endpoints share: the transport to the engines, the tokenizer, limits, admission, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Protocol, TypeVar
+
+import orjson
+
+from deployments.api.admission import Gate
+from deployments.api.metrics import Metrics
+from deployments.protocol.errors import ApiError, loading, model_not_found
+from deployments.transport.base import NotReady, Transport
+from model_core.engine.request import EngineInfo, EngineStats
+from model_core.tokenizer.tokenizer import Tokenizer
+
+INLINE_CHARS = 2000  # longer texts are tokenised in a thread: about 0.5 ms, the step time of a fast engine
+PROBE_TIMEOUT_S = 2.0
+
+T = TypeVar("T")
+
+
+class Limits(Protocol):
+    """The part of deployments/settings.py that the API obeys; documented there."""
+
+    @property
+    def max_body_bytes(self) -> int: ...
+    @property
+    def max_queued_requests(self) -> int: ...
+    @property
+    def queue_timeout_s(self) -> float | None: ...
+    @property
+    def request_timeout_s(self) -> float | None: ...
+    @property
+    def max_stop_strings(self) -> int: ...
+    @property
+    def max_n(self) -> int: ...
+    @property
+    def max_logprobs(self) -> int: ...
+    @property
+    def heartbeat_s(self) -> float: ...
+
+
+class Service:
+    """One per Api replica."""
+
+    def __init__(self, transport: Transport, tokenizer: Tokenizer, limits: Limits, *, version: str) -> None:
+        self.transport = transport
+        self.tokenizer = tokenizer
+        self.limits = limits
+        self.version = version
+        self.created = int(time.time())
+        self.metrics = Metrics()
+        self.gate = Gate(self._capacity, limits.max_queued_requests)
+        # text work only; two threads keep one long prompt from delaying the next, and leave the GIL to the event loop
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+        self._info: EngineInfo | None = None
+        self._fingerprint = ""
+        # every token has at most this many bytes, so a text of B bytes has at least B / longest tokens
+        self._longest_token = max((len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)), default=1) or 1
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def info(self) -> EngineInfo:
+        """The served model. Raises ApiError 503 until a model replica has answered once."""
+        if self._info is None:
+            try:
+                self._info = await asyncio.wait_for(self.transport.info(), PROBE_TIMEOUT_S)
+            except (NotReady, asyncio.TimeoutError):
+                raise loading() from None
+            state = orjson.dumps({"version": self.version, **asdict(self._info)})
+            self._fingerprint = f"mini-llm-{self.version}-{hashlib.sha256(state).hexdigest()[:8]}"
+        return self._info
+
+    @property
+    def fingerprint(self) -> str:
+        """Constant while the process lives; differs when version, weights' source, dtype or device do."""
+        return self._fingerprint
+
+    async def stats(self) -> list[EngineStats]:
+        """A reading of every model replica that answers in time; empty if none does."""
+        try:
+            return await asyncio.wait_for(self.transport.stats(), PROBE_TIMEOUT_S)
+        except (NotReady, asyncio.TimeoutError):
+            return []
+
+    async def is_ready(self) -> bool:
+        if self.gate.is_draining or not await self.stats():
+            return False
+        try:
+            await self.info()
+        except ApiError:
+            return False
+        return True
+
+    async def check_model(self, name: str) -> EngineInfo:
+        """The model a request names; no name means the served one. Raises ApiError 404 or 503."""
+        info = await self.info()
+        if name and name != info.model:
+            raise model_not_found(name, [info.model])
+        return info
+
+    async def text_work(self, chars: int, work: Callable[[], T]) -> T:
+        """Runs tokenisation inline when short (a thread hop costs more), in the pool when long."""
+        if chars <= INLINE_CHARS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def least_tokens(self, text: str) -> int:
+        """A lower bound of the text's tokens, without tokenising it."""
+        return len(text) // self._longest_token  # every character has at least one byte
+
+    async def _capacity(self) -> int:
+        info = await self.info()
+        return info.max_seqs * max(len(await self.stats()), 1)

@@ -1,0 +1,90 @@
+"""Server-sent events of a streamed answer, as bytes.
+
+Everything of a chunk but the text is the same for a whole stream, so it is built once per choice; a token then costs
+one JSON-escaped string between two constants: 0.4 us, against 2.9 us for `orjson.dumps` of the nested chunk (2 cores
+of an EPYC, November 2026). Only `data:` lines and comments are ever sent: the official client's decoder dies on a
+heartbeat that follows an `id:` or `retry:` line.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from deployments.protocol.responses import Head, Usage
+
+DONE = b"data: [DONE]\n\n"
+HEARTBEAT = b": keep-alive\n\n"
+
+
+class ChoiceEvents:
+    """Chunk bytes of one choice. `include_usage` puts `"usage": null` (or, if given, the usage so far) into each."""
+
+    def __init__(self, head: Head, index: int, *, include_usage: bool) -> None:
+        self._prefix = b"data: " + orjson.dumps(head.json())[:-1] + b',"choices":[{"index":%d,' % index
+        self._null_end = b',"usage":null}\n\n' if include_usage else b"}\n\n"
+        self._before = self._prefix + self._text_open
+        self._after = self._text_close + b',"logprobs":null,"finish_reason":null}]' + self._null_end
+
+    def open(self) -> bytes:
+        """What comes before the first text."""
+        return b""
+
+    _text_open: bytes
+    _text_close: bytes
+    _empty: bytes
+
+    def text(self, text: str, logprobs: dict[str, Any] | None = None, usage: Usage | None = None) -> bytes:
+        """A chunk with more text."""
+        if logprobs is None and usage is None:
+            return self._before + orjson.dumps(text) + self._after
+        return b"".join(
+            (
+                self._before,
+                orjson.dumps(text),
+                self._text_close,
+                b',"logprobs":',
+                orjson.dumps(logprobs),
+                b',"finish_reason":null}]',
+                self._end(usage),
+            )
+        )
+
+    def finish(self, reason: str, stop_reason: str | int | None, usage: Usage | None = None) -> bytes:
+        """The choice's last chunk."""
+        reasons = b',"logprobs":null,"finish_reason":%b,"stop_reason":%b}]' % (
+            orjson.dumps(reason),
+            orjson.dumps(stop_reason),
+        )
+        return self._prefix + self._empty + reasons + self._end(usage)
+
+    def _end(self, usage: Usage | None) -> bytes:
+        return self._null_end if usage is None else b',"usage":' + orjson.dumps(usage.json()) + b"}\n\n"
+
+
+class ChatEvents(ChoiceEvents):
+    _text_open = b'"delta":{"content":'
+    _text_close = b"}"
+    _empty = b'"delta":{}'
+
+    def open(self) -> bytes:
+        """The first chunk of a chat choice: its role, once."""
+        delta = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
+        return self._prefix + delta + self._null_end
+
+
+class TextEvents(ChoiceEvents):
+    _text_open = b'"text":'
+    _text_close = b""
+    _empty = b'"text":""'
+
+
+def usage_event(head: Head, usage: Usage) -> bytes:
+    """The last chunk when `include_usage` was asked for: no choices."""
+    return b"data: " + orjson.dumps({**head.json(), "choices": [], "usage": usage.json()}) + b"\n\n"
+
+
+def error_event(envelope: bytes) -> bytes:
+    """An error after the stream began; [DONE] still follows."""
+    return b"data: " + envelope + b"\n\n"

@@ -1,0 +1,267 @@
+"""The request bodies of the generation endpoints: types and ranges of every served field.
+
+Strict: "4" is not an integer, true is not a number; but 4.0 is one, as in JSON Schema. `null` means "default" and is
+removed before validation. Limits that are settings of the server (n, stop strings, logprobs) are checked with it.
+Names, defaults and ranges: OpenAI's document; the extra sampling fields are vLLM's.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr, ValidationError
+from pydantic_core import PydanticCustomError
+
+from deployments.protocol.errors import ApiError, bad_request, unsupported
+from deployments.protocol.fields import BY_NAME, Endpoint
+from deployments.protocol.validation import expected, translate
+
+INT64 = 2**63
+
+
+class Limits(Protocol):
+    """The settings that bound one request (deployments/settings.py documents them)."""
+
+    @property
+    def max_n(self) -> int: ...
+    @property
+    def max_stop_strings(self) -> int: ...
+    @property
+    def max_logprobs(self) -> int: ...
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+def _stop(value: Any) -> Any:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list):
+        raise expected("one of a string or array of strings", value)
+    for stop in stops:
+        if not isinstance(stop, str):
+            raise expected("one of a string or array of strings", stop)
+        if not stop:
+            raise PydanticCustomError("empty_string", "Expected non-empty strings, but got an empty string")
+    return stops
+
+
+def _prompts(value: Any) -> Any:
+    """A string, strings, token ids or lists of token ids → list of prompts, each a string or a list of ids."""
+    words = "a string, array of strings, array of token ids, or array of token id arrays"
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise expected(words, value)
+    if not value:
+        raise PydanticCustomError("too_short", "", {"min_length": 1})
+    if all(type(item) is int for item in value):  # not bool
+        return [value]
+    for item in value:
+        if isinstance(item, list):
+            if not item:
+                raise PydanticCustomError("too_short", "", {"min_length": 1})
+            if not all(type(token) is int for token in item):
+                raise expected(words, next(token for token in item if type(token) is not int))
+        elif not isinstance(item, str):
+            raise expected(words, item)
+    if len({type(item) for item in value}) > 1:
+        raise PydanticCustomError("mixed", "Expected an array of one kind, but got strings and token ids together")
+    return value
+
+
+def _bias(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise expected("an object", value)
+    bias: dict[int, float] = {}
+    for key, weight in value.items():
+        if not (key.isascii() and key.isdigit() and len(key) < 10):
+            raise PydanticCustomError("bias_key", "Expected token ids as keys, but got '{key}'", {"key": key[:40]})
+        if type(weight) not in (int, float):
+            raise expected("a number", weight)
+        if not -100 <= weight <= 100:
+            words = "Expected values from -100 to 100, but got {got}"
+            raise PydanticCustomError("bias_value", words, {"got": repr(weight)[:40]})
+        bias[int(key)] = float(weight)
+    return bias
+
+
+Int = Annotated[int, BeforeValidator(_whole), Field(strict=True)]
+Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+TokenId = Annotated[Int, Field(ge=0)]
+
+
+class StreamOptions(BaseModel):
+    include_usage: StrictBool = False
+    continuous_usage_stats: StrictBool = False  # vLLM's: usage in every chunk
+    include_obfuscation: StrictBool = False  # accepted; padding against traffic analysis is not sent
+
+
+class GenerationRequest(BaseModel):
+    """What both endpoints share."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: StrictStr = ""
+    max_tokens: Annotated[Int, Field(ge=1)] | None = None
+    temperature: Annotated[Float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[Float, Field(ge=0, le=1)] = 1.0
+    n: Annotated[Int, Field(ge=1)] = 1
+    stop: Annotated[list[str], BeforeValidator(_stop)] = []
+    stream: StrictBool = False
+    stream_options: StreamOptions | None = None
+    seed: Annotated[Int, Field(ge=-INT64, le=INT64 - 1)] | None = None
+    presence_penalty: Annotated[Float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[Float, Field(ge=-2, le=2)] = 0.0
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_bias)] = {}
+
+    top_k: Annotated[Int, Field(ge=-1, le=INT64 - 1)] = 0
+    min_p: Annotated[Float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[Float, Field(gt=0, le=10)] = 1.0
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] = []
+    min_tokens: Annotated[Int, Field(ge=0)] = 0
+    ignore_eos: StrictBool = False
+    include_stop_str_in_output: StrictBool = False
+    skip_special_tokens: StrictBool = True
+    priority: Annotated[Int, Field(ge=-1000, le=1000)] = 0
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+
+class FunctionCall(BaseModel):
+    name: StrictStr
+    arguments: StrictStr = ""
+
+
+class ToolCall(BaseModel):
+    id: StrictStr
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(BaseModel):
+    """One message of a conversation; `content` becomes plain text in protocol/messages.py."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Any = None
+    name: StrictStr | None = None
+    tool_call_id: StrictStr | None = None
+    tool_calls: list[ToolCall] | None = None
+
+
+class ChatRequest(GenerationRequest):
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
+    prompt: StrictStr | None = None  # the original specification's own example body: one user message
+    max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
+    logprobs: StrictBool = False
+    top_logprobs: Annotated[Int, Field(ge=0)] | None = None
+    add_generation_prompt: StrictBool = True
+    chat_template_kwargs: dict[str, Any] = {}
+
+    @property
+    def asked_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def asked_logprobs(self) -> int | None:
+        """As SamplingParams.logprobs: None for none, else how many alternatives."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: Annotated[list[Any], BeforeValidator(_prompts), Field(max_length=1024)]
+    max_tokens: Annotated[Int, Field(ge=0)] = 16
+    echo: StrictBool = False
+    logprobs: Annotated[Int, Field(ge=0)] | None = None
+    best_of: Int | None = None
+    add_special_tokens: StrictBool = True
+
+    @property
+    def asked_tokens(self) -> int:
+        return self.max_tokens
+
+    @property
+    def asked_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+def parse_chat(body: dict[str, Any], limits: Limits) -> tuple[ChatRequest, list[str]]:
+    """A validated chat request and the names of unknown fields. Raises ApiError 400."""
+    request, unknown = _parse(ChatRequest, "chat", body)
+    if request.messages is None and request.prompt is None:
+        raise bad_request(
+            "Missing required parameter: 'messages'.", param="messages", code="missing_required_parameter"
+        )
+    if request.messages is not None and request.prompt is not None:
+        raise bad_request("Send either 'messages' or 'prompt', not both.", param="prompt")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise bad_request("'top_logprobs' is only allowed when 'logprobs' is true.", param="top_logprobs")
+    _check_limits(request, limits, request.top_logprobs, "top_logprobs")
+    return request, unknown
+
+
+def parse_completion(body: dict[str, Any], limits: Limits) -> tuple[CompletionRequest, list[str]]:
+    """A validated completion request and the names of unknown fields. Raises ApiError 400."""
+    request, unknown = _parse(CompletionRequest, "completions", body)
+    if request.best_of is not None and request.best_of != request.n:
+        raise unsupported("best_of", "'best_of' is only supported equal to 'n'. Ask for n and choose in the client.")
+    if request.echo and request.logprobs is not None:
+        raise unsupported("echo", "'echo' together with 'logprobs' (scoring of the prompt) comes with a later release.")
+    if request.max_tokens == 0 and not request.echo:
+        raise bad_request(
+            "Invalid 'max_tokens': integer below minimum value. Expected a value >= 1 (0 only with 'echo'), "
+            "but got 0 instead.",
+            param="max_tokens",
+            code="integer_below_min_value",
+        )
+    _check_limits(request, limits, request.logprobs, "logprobs")
+    return request, unknown
+
+
+def _parse(model: Any, endpoint: Endpoint, body: dict[str, Any]) -> tuple[Any, list[str]]:
+    known = BY_NAME[endpoint]
+    present = {name: value for name, value in body.items() if value is not None}
+    unknown = [name for name in present if name not in known]
+    for name in present:
+        field = known.get(name)
+        if field is not None and field.status == "refused" and present[name] not in field.harmless:
+            raise unsupported(name, f"Unsupported parameter: '{name}' is not supported by this server. {field.note}")
+    options = present.get("stream_options")
+    if isinstance(options, dict):
+        present["stream_options"] = {key: value for key, value in options.items() if value is not None}
+    try:
+        return model.model_validate(present), unknown
+    except ValidationError as error:
+        raise translate(error) from None
+
+
+def _check_limits(request: GenerationRequest, limits: Limits, logprobs: int | None, logprobs_name: str) -> None:
+    if request.n > limits.max_n:
+        raise _above("n", limits.max_n, request.n)
+    if logprobs is not None and logprobs > limits.max_logprobs:
+        raise _above(logprobs_name, limits.max_logprobs, logprobs)
+    if len(request.stop) > limits.max_stop_strings:
+        raise bad_request(
+            f"Invalid 'stop': array too long. Expected an array with maximum length {limits.max_stop_strings}, "
+            f"but got an array with length {len(request.stop)} instead.",
+            param="stop",
+            code="array_above_max_length",
+        )
+    if request.stream_options is not None and not request.stream:
+        raise bad_request("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
+
+
+def _above(name: str, limit: int, got: int) -> ApiError:
+    return bad_request(
+        f"Invalid '{name}': integer above maximum value. Expected a value <= {limit}, but got {got} instead.",
+        param=name,
+        code="integer_above_max_value",
+    )

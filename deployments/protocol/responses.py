@@ -1,0 +1,156 @@
+"""The JSON objects of answers: usage, log-probabilities, whole (not streamed) responses, model cards."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from model_core.engine.request import EngineInfo, TokenLogprobs
+
+MIN_LOGPROB = -9999.0  # JSON has no -Infinity
+
+
+class TokenNames(Protocol):
+    """The part of a tokenizer that log-probabilities need."""
+
+    def token_text(self, token_id: int, /) -> str: ...
+    def token_bytes(self, token_id: int, /) -> bytes: ...
+
+
+class Entry(NamedTuple):
+    """A generated token whose text was sent, with its log-probabilities."""
+
+    token_id: int
+    logprobs: TokenLogprobs
+
+
+class Usage(NamedTuple):
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+class ChatLogprobs:
+    """`logprobs` of a chat choice. The concatenated `bytes` of all entries are the bytes of the content."""
+
+    def __init__(self, names: TokenNames) -> None:
+        self._names = names
+
+    def json(self, entries: Sequence[Entry], top: int) -> dict[str, Any]:
+        return {
+            "content": [
+                {
+                    **self._token(entry.token_id, entry.logprobs.logprob),
+                    "top_logprobs": [self._token(*pair) for pair in entry.logprobs.top[:top]],
+                }
+                for entry in entries
+            ],
+            "refusal": None,
+        }
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": self._names.token_text(token_id),
+            "logprob": max(logprob, MIN_LOGPROB),
+            "bytes": list(self._names.token_bytes(token_id)),
+        }
+
+
+class TextLogprobs:
+    """`logprobs` of a completion choice: parallel arrays. One per choice: it keeps the running `text_offset`."""
+
+    def __init__(self, names: TokenNames, offset: int = 0) -> None:
+        self._names = names
+        self._offset = offset
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def json(self, entries: Sequence[Entry], top: int) -> dict[str, Any]:
+        tokens, offsets, tops = [], [], []
+        for entry in entries:
+            tokens.append(self._names.token_text(entry.token_id))
+            offsets.append(self._offset)
+            self._offset += len(self._decoder.decode(self._names.token_bytes(entry.token_id)))
+            # the chosen token is always among them, also for logprobs=0: lm-eval compares it with the best
+            best = {self._names.token_text(i): max(value, MIN_LOGPROB) for i, value in entry.logprobs.top[:top]}
+            best.setdefault(tokens[-1], max(entry.logprobs.logprob, MIN_LOGPROB))
+            tops.append(best)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [max(entry.logprobs.logprob, MIN_LOGPROB) for entry in entries],
+            "top_logprobs": tops,
+            "text_offset": offsets,
+        }
+
+
+class Head(NamedTuple):
+    """What every object and chunk of one answer begins with."""
+
+    id: str
+    object: str
+    created: int  # Unix seconds
+    model: str
+    system_fingerprint: str
+
+    def json(self) -> dict[str, Any]:
+        return self._asdict()
+
+
+def whole(head: Head, choices: list[dict[str, Any]], usage: Usage) -> dict[str, Any]:
+    """A complete, not streamed answer."""
+    return {**head.json(), "service_tier": "default", "choices": choices, "usage": usage.json()}
+
+
+def chat_choice(
+    index: int, text: str, logprobs: dict[str, Any] | None, finish: str | None, stop_reason: str | int | None
+) -> dict[str, Any]:
+    return {
+        "index": index,
+        "message": {"role": "assistant", "content": text, "refusal": None},
+        "logprobs": logprobs,
+        "finish_reason": finish,
+        "stop_reason": stop_reason,
+    }
+
+
+def text_choice(
+    index: int, text: str, logprobs: dict[str, Any] | None, finish: str | None, stop_reason: str | int | None
+) -> dict[str, Any]:
+    return {
+        "index": index,
+        "text": text,
+        "logprobs": logprobs,
+        "finish_reason": finish,
+        "stop_reason": stop_reason,
+    }
+
+
+def model_card(info: EngineInfo, created: int) -> dict[str, Any]:
+    """One entry of /v1/models; load tools look for `max_model_len` (vLLM's name)."""
+    return {
+        "id": info.model,
+        "object": "model",
+        "created": created,
+        "owned_by": "mini-llm-infra",
+        "root": info.model,
+        "parent": None,
+        "max_model_len": info.context_length,
+        "meta": {
+            "family": info.family,
+            "source": info.source,
+            "n_params": info.parameters,
+            "dtype": info.dtype,
+            "device": info.device,
+            "vocab_size": info.vocab_size,
+            "pool_tokens": info.pool_tokens,
+            "max_seqs": info.max_seqs,
+        },
+    }

@@ -1,0 +1,109 @@
+"""Text completions: prompt forms, echo, log-probabilities in the old shape, indexes."""
+
+import json
+
+
+def complete(server, **fields):
+    status, _, raw = server.raw("POST", "/v1/completions", fields)
+    return status, json.loads(raw)
+
+
+def test_through_the_client(server):
+    answer = server.client().completions.create(model="acme/tiny", prompt="ab")
+    assert answer.id.startswith("cmpl-") and answer.object == "text_completion"
+    assert answer.choices[0].text == "Hello world!" and answer.choices[0].finish_reason == "stop"
+    assert server.fake.requests[0].prompt_ids == server.encode("ab")
+    assert server.fake.requests[0].params.max_tokens == 16
+    stream = server.client().completions.create(model="acme/tiny", prompt="ab", stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == "Hello world!"
+
+
+def test_every_form_of_prompt(server):
+    server.fake.script = lambda request: [*request.prompt_ids, server.IM_END]
+    for prompt, texts in [
+        ("ab", ["ab"]),
+        (["ab", "c"], ["ab", "c"]),
+        ([97, 98], ["ab"]),
+        ([[97], [98, 99]], ["a", "bc"]),
+    ]:
+        status, answer = complete(server, prompt=prompt)
+        assert status == 200 and [choice["text"] for choice in answer["choices"]] == texts
+
+
+def test_index_is_prompt_times_n_plus_k(server):
+    server.fake.script = lambda request: [*request.prompt_ids, *server.encode(str(request.params.seed)), server.IM_END]
+    status, answer = complete(server, prompt=["p", "q"], n=2, seed=7, best_of=2)
+    assert [c["text"] for c in answer["choices"]] == ["p7", "p8", "q7", "q8"]
+    assert [c["index"] for c in answer["choices"]] == [0, 1, 2, 3]
+    assert answer["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": 12,
+        "total_tokens": 14,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+    texts = ["", "", "", ""]
+    for chunk in server.stream("/v1/completions", prompt=["p", "q"], n=2, seed=7)[:-1]:
+        texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+    assert texts == ["p7", "p8", "q7", "q8"]
+
+
+def test_echo(server):
+    assert complete(server, prompt="ab", echo=True)[1]["choices"][0]["text"] == "abHello world!"
+    assert complete(server, prompt=[97, 98], echo=True)[1]["choices"][0]["text"] == "abHello world!"
+    first, *rest = server.stream("/v1/completions", prompt="ab", echo=True)[:-1]
+    assert first["choices"][0]["text"] == "ab"
+    assert "".join(chunk["choices"][0]["text"] for chunk in rest) == "Hello world!"
+    before = len(server.fake.requests)
+    status, answer = complete(server, prompt="ab", echo=True, max_tokens=0)
+    assert status == 200 and answer["choices"][0]["text"] == "ab" and answer["usage"]["completion_tokens"] == 0
+    assert answer["choices"][0]["finish_reason"] == "length" and len(server.fake.requests) == before
+
+
+def test_echo_is_not_searched_for_stop_strings(server):
+    answer = complete(server, prompt="a!b", echo=True, stop="!")[1]["choices"][0]
+    assert answer["text"] == "a!bHello world" and answer["stop_reason"] == "!"
+
+
+def test_logprobs(server):
+    answer = complete(server, prompt="ab", logprobs=2)[1]["choices"][0]
+    assert answer["logprobs"] == {
+        "tokens": ["Hello", " world", "!"],
+        "token_logprobs": [-0.25] * 3,
+        "top_logprobs": [{"A": -0.5, "B": -1.5, word: -0.25} for word in ("Hello", " world", "!")],
+        "text_offset": [0, 5, 11],
+    }
+    none = complete(server, prompt="ab", logprobs=0)[1]["choices"][0]["logprobs"]
+    assert none["top_logprobs"] == [{"Hello": -0.5}, {" world": -0.5}, {"!": -0.5}]
+
+
+def test_streamed_logprobs_keep_their_offsets(server):
+    server.fake.script = lambda request: [*server.encode("é st!"), server.IM_END]
+    tokens, offsets = [], []
+    for chunk in server.stream("/v1/completions", prompt="ab", logprobs=1, stop="stop")[:-1]:
+        shown = chunk["choices"][0]["logprobs"]
+        if shown:
+            tokens += shown["tokens"]
+            offsets += shown["text_offset"]
+    assert tokens == ["\ufffd", "\ufffd", " ", "s", "t", "!"] and offsets == [0, 0, 1, 2, 3, 4]
+
+
+def test_harmless_values_of_unsupported_fields(server):
+    assert complete(server, prompt="a", suffix="", best_of=1, response_format={"type": "text"}, user="me")[0] == 200
+
+
+def test_add_special_tokens_reaches_the_tokenizer(server):
+    service = server.app.state.service
+    seen = []
+    original = service.tokenizer.encode
+    service.tokenizer.encode = lambda text, **kwargs: seen.append(kwargs) or original(text, **kwargs)
+    try:
+        complete(server, prompt="a", add_special_tokens=False)
+        complete(server, prompt="a")
+    finally:
+        del service.tokenizer.encode
+    assert seen == [{"add_special_tokens": False}, {"add_special_tokens": True}]
+
+
+def test_a_long_prompt_is_tokenised_too(server):
+    assert complete(server, prompt="x" * 3200, max_tokens=1)[0] == 200  # 200 tokens of 16 letters, through the pool
+    assert len(server.fake.requests[0].prompt_ids) == 200
