@@ -1,0 +1,130 @@
+"""A checkpoint into the storage the forward pass reads: every tensor straight into its rows of the fused weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+
+from model_core.errors import CheckpointError
+from model_core.model.config import ModelConfig
+from model_core.model.parameters import Parameters
+from model_core.weights.checkpoint import Checkpoint, StoredTensor
+from model_core.weights.progress import Progress
+
+_HEAD = "lm_head.weight"
+_EMBED = "model.embed_tokens.weight"
+_SHOWN = 8
+
+
+def load_parameters(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str | torch.device,
+                    progress: Progress | None = None) -> Parameters:
+    """Read every tensor of `checkpoint`, converted to `dtype`, into fused Parameters on `device`.
+
+    Names and shapes are compared before anything is read. Raises CheckpointError naming each tensor that is missing,
+    unexpected or of the wrong shape, or a separate head in a checkpoint whose config ties it.
+    """
+    config = checkpoint.config
+    wanted = expected_shapes(config)
+    _check(checkpoint, wanted)
+    parameters = Parameters.empty(config, dtype=dtype, device=device)
+    targets = _targets(config, parameters)
+    if progress:
+        progress.begin(f"loading {checkpoint.path.name}", checkpoint.nbytes)
+
+    def read(stored: StoredTensor) -> int:
+        if stored.name in targets:
+            stored.read_into(targets[stored.name])
+        return stored.nbytes
+
+    workers = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
+    with _single_threaded_ops(), ThreadPoolExecutor(workers) as pool:
+        for nbytes in pool.map(read, checkpoint.tensors.values()):
+            if progress:
+                progress.advance(nbytes)
+    if config.tie_embeddings and _HEAD in checkpoint.tensors:
+        _check_tied(checkpoint, parameters)
+    if progress:
+        progress.end()
+    return parameters
+
+
+@contextmanager
+def _single_threaded_ops() -> Iterator[None]:
+    """One thread per torch op; the tensors are spread over threads instead.
+
+    Ops of a millisecond that meet at an OpenMP barrier wait for whoever else has the core: with both of 2 cores busy
+    SmolLM2 took 31 s that way, and under 1 s without barriers.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Hugging Face name -> shape of every tensor that a checkpoint of this config must hold."""
+    parameters = Parameters.empty(config, dtype=torch.float32, device="meta")
+    return {name: tuple(target.shape) for name, target in _targets(config, parameters).items()}
+
+
+def _targets(config: ModelConfig, parameters: Parameters) -> dict[str, torch.Tensor]:
+    """Hugging Face name -> the rows of the fused storage that it fills."""
+    targets = {_EMBED: parameters.embed, "model.norm.weight": parameters.final_norm}
+    if not config.tie_embeddings:
+        targets[_HEAD] = parameters.head
+    rows = (config.q_size, config.kv_size, config.kv_size)
+    for index, layer in enumerate(parameters.layers):
+        prefix = f"model.layers.{index}."
+        gate, up = layer.gate_up.chunk(2)
+        named = {
+            "input_layernorm.weight": layer.attn_norm,
+            "self_attn.o_proj.weight": layer.o,
+            "post_attention_layernorm.weight": layer.mlp_norm,
+            "mlp.gate_proj.weight": gate,
+            "mlp.up_proj.weight": up,
+            "mlp.down_proj.weight": layer.down,
+            "self_attn.q_norm.weight": layer.q_norm,
+            "self_attn.k_norm.weight": layer.k_norm,
+        }
+        for part, weight in zip("qkv", layer.qkv.split(rows), strict=True):
+            named[f"self_attn.{part}_proj.weight"] = weight
+        if layer.qkv_bias is not None:
+            for part, bias in zip("qkv", layer.qkv_bias.split(rows), strict=True):
+                named[f"self_attn.{part}_proj.bias"] = bias
+        targets.update((prefix + name, target) for name, target in named.items() if target is not None)
+    return targets
+
+
+def _ignored(name: str, config: ModelConfig) -> bool:
+    # Old exports carry the rotary frequencies, which follow from the config; a tied head is compared after loading.
+    return name.endswith("rotary_emb.inv_freq") or (name == _HEAD and config.tie_embeddings)
+
+
+def _check(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> None:
+    found, config = checkpoint.tensors, checkpoint.config
+    missing = [name for name in wanted if name not in found]
+    unexpected = [name for name in found if name not in wanted and not _ignored(name, config)]
+    wrong = [f"{name} is {list(found[name].shape)}, config says {list(shape)}"
+             for name, shape in wanted.items() if name in found and found[name].shape != shape]
+    groups = {"missing": missing, "unexpected": unexpected, "of the wrong shape": wrong}
+    faults = [f"{len(names)} {what}: {'; '.join(names[:_SHOWN])}{' ...' if len(names) > _SHOWN else ''}"
+              for what, names in groups.items() if names]
+    if faults:
+        raise CheckpointError(f"{checkpoint.path}: the tensors do not fit the {config.family} config. "
+                              f"{'. '.join(faults)}. Check that config.json belongs to these files")
+
+
+def _check_tied(checkpoint: Checkpoint, parameters: Parameters) -> None:
+    head = torch.empty_like(parameters.embed)
+    stored = checkpoint.tensors[_HEAD]
+    if stored.shape == tuple(head.shape):
+        stored.read_into(head)
+        if torch.equal(head, parameters.embed):
+            return
+    raise CheckpointError(f"{checkpoint.path}: config ties {_HEAD!r} to {_EMBED!r}, but the checkpoint holds another "
+                          f"{_HEAD!r}; set tie_word_embeddings to false in config.json if that head is meant")
