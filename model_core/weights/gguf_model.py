@@ -162,5 +162,5 @@ def _llama3_scaling(file: GGUFFile, theta: float, head_dim: int) -> RopeScaling:
     if not np.allclose(stored, expected, rtol=1e-3):
         worst = int(np.argmax(np.abs(stored / expected - 1)))
         raise UnsupportedModel(f"{file.path.name}: {_ROPE_FACTORS!r} is not Llama 3's scaling by {guess.factor:g}: "
-                               f"entry {worst} is {stored[worst]:g}, not {expected[worst]:g}; load the safetensors instead")
+                               f"entry {worst} is {stored[worst]:g}, not {expected[worst]:g}; load safetensors instead")
     return guess

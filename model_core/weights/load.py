@@ -27,8 +27,7 @@ def load_parameters(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str |
     unexpected or of the wrong shape, or a separate head in a checkpoint whose config ties it.
     """
     config = checkpoint.config
-    wanted = expected_shapes(config)
-    _check(checkpoint, wanted)
+    check_tensors(checkpoint)
     parameters = Parameters.empty(config, dtype=dtype, device=device)
     targets = _targets(config, parameters)
     if progress:
@@ -105,8 +104,10 @@ def _ignored(name: str, config: ModelConfig) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (name == _HEAD and config.tie_embeddings)
 
 
-def _check(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> None:
+def check_tensors(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless the checkpoint's headers promise exactly the tensors of its config."""
     found, config = checkpoint.tensors, checkpoint.config
+    wanted = expected_shapes(config)
     missing = [name for name in wanted if name not in found]
     unexpected = [name for name in found if name not in wanted and not _ignored(name, config)]
     wrong = [f"{name} is {list(found[name].shape)}, config says {list(shape)}"
