@@ -1,0 +1,97 @@
+"""The forward pass of the Llama family: Llama 2 and 3, TinyLlama, SmolLM2, Mistral, Qwen2, Qwen3."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from model_core.dispatch.ops import Ops
+from model_core.kernels.linear import Linear
+from model_core.model.batch import Batch
+from model_core.model.config import ModelConfig
+from model_core.model.kv import KVCache
+from model_core.model.parameters import LayerParameters, Parameters
+from model_core.model.rope import cos_sin_table
+
+
+@dataclass
+class Layer:
+    """One decoder layer, weights laid out as this device multiplies fastest; norms in the activations' dtype."""
+
+    attn_norm: torch.Tensor
+    qkv: Linear
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    o: Linear
+    mlp_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Llama:
+    """A model on one device.
+
+    Takes the layers out of `parameters`, so that a weight kept in another layout (kernels/linear.py) frees its
+    original at once. max_context: positions the rotary table covers. invariant: rows of a step do not influence each other's
+    rounding, see Linear. `dtype` is the activations': the weights' own, or float32 where a CPU computes in it; a KVCache
+    of that dtype is fastest, any other works.
+    """
+
+    def __init__(self, config: ModelConfig, parameters: Parameters, ops: Ops, max_context: int, *,
+                 invariant: bool = False) -> None:
+        assert len(parameters.layers) == config.num_layers, "these parameters were given to another Llama already"
+        self.config, self.ops, self.max_context, self.invariant = config, ops, max_context, invariant
+        self.scale = config.head_dim**-0.5
+        self.embed = parameters.embed
+        self.layers: list[Layer] = []
+        while parameters.layers:
+            self.layers.append(self._layer(parameters.layers.pop(0)))
+        self.head = self._linear(parameters.head)
+        self.dtype = self.head.dtype
+        self.final_norm = parameters.final_norm.to(self.dtype)
+        self.cos_sin = cos_sin_table(config, max_context, self.embed.device)
+
+    def _linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+        return Linear(weight, bias, invariant=self.invariant)
+
+    def _layer(self, layer: LayerParameters) -> Layer:
+        qkv = self._linear(layer.qkv, layer.qkv_bias)
+        norms = {name: None if (norm := getattr(layer, name)) is None else norm.to(qkv.dtype)
+                 for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm")}
+        return Layer(qkv=qkv, o=self._linear(layer.o), gate_up=self._linear(layer.gate_up),
+                     down=self._linear(layer.down), **norms)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, kv: KVCache) -> torch.Tensor:
+        """Logits float32 [R, vocab] of rows `batch.logit_rows`; keys and values of all T tokens are written to `kv`."""
+        config, ops, eps = self.config, self.ops, self.config.rms_eps
+        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        residual = F.embedding(batch.token_ids, self.embed).to(self.dtype)
+        x = ops.rmsnorm(residual, self.layers[0].attn_norm, eps)
+        for index, layer in enumerate(self.layers):
+            k_cache, v_cache = kv.layer(index)
+            q, k, v = layer.qkv(x).view(-1, heads + 2 * kv_heads, dim).split((heads, kv_heads, kv_heads), dim=1)
+            if layer.q_norm is not None and layer.k_norm is not None:
+                q, k = ops.rmsnorm(q, layer.q_norm, eps), ops.rmsnorm(k, layer.k_norm, eps)
+            ops.rope_kv_write(q, k, v, batch.positions, self.cos_sin, k_cache, v_cache, batch.slot_mapping)
+            attended = ops.paged_attention(q.to(k_cache.dtype), k_cache, v_cache, batch, scale=self.scale,
+                                           sliding_window=config.sliding_window)
+            x = layer.o(attended.flatten(1).to(self.dtype))
+            x = ops.add_rmsnorm(x, residual, layer.mlp_norm, eps)
+            x = layer.down(ops.swiglu(layer.gate_up(x)))
+            last = index + 1 == config.num_layers
+            x = ops.add_rmsnorm(x, residual, self.final_norm if last else self.layers[index + 1].attn_norm, eps)
+        return self.head(x.index_select(0, batch.logit_rows)).float()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights, packed copies included, and of the rotary table."""
+        linears = [self.head] + [linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        tensors = [self.final_norm, self.cos_sin]
+        tensors += [norm for layer in self.layers for norm in (layer.attn_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)
+                    if norm is not None]
+        if self.head.weight is None or self.head.weight.data_ptr() != self.embed.data_ptr():
+            tensors.append(self.embed)
+        return sum(linear.nbytes for linear in linears) + sum(t.numel() * t.element_size() for t in tensors)
