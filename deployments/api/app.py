@@ -19,9 +19,10 @@ from deployments.api.answer import Answer, Json, answer
 from deployments.api.edge import Edge, on_api_error, on_http_error
 from deployments.api.job import chat_job, completion_job
 from deployments.api.metrics import CONTENT_TYPE
-from deployments.api.service import Limits, Service
+from deployments.api.service import Service
 from deployments.protocol.body import read_json
 from deployments.protocol.errors import ApiError, loading, model_not_found
+from deployments.protocol.limits import Limits
 from deployments.protocol.requests import parse_chat, parse_completion
 from deployments.protocol.responses import model_card
 from deployments.transport.base import NotReady, Transport

@@ -2,7 +2,7 @@
 
 Latencies and request counts are of this Api replica (measured where the client sees them); engine gauges and token
 counters are read from every model replica at scrape time and labelled `engine`. Histograms are plain integers, not
-prometheus_client's: one observation per token must not take a lock (0.35 us against 1.9 us here).
+prometheus_client's: one observation per token must not take a lock (0.2 us against 1.1 us, EPYC).
 """
 
 from __future__ import annotations

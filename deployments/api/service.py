@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import orjson
 
 from deployments.api.admission import Gate
 from deployments.api.metrics import Metrics
 from deployments.protocol.errors import ApiError, loading, model_not_found
+from deployments.protocol.limits import Limits
 from deployments.transport.base import NotReady, Transport
 from model_core.engine.request import EngineInfo, EngineStats
 from model_core.tokenizer.tokenizer import Tokenizer
@@ -23,27 +24,6 @@ INLINE_CHARS = 2000  # longer texts are tokenised in a thread: about 0.5 ms, the
 PROBE_TIMEOUT_S = 2.0
 
 T = TypeVar("T")
-
-
-class Limits(Protocol):
-    """The part of deployments/settings.py that the API obeys; documented there."""
-
-    @property
-    def max_body_bytes(self) -> int: ...
-    @property
-    def max_queued_requests(self) -> int: ...
-    @property
-    def queue_timeout_s(self) -> float | None: ...
-    @property
-    def request_timeout_s(self) -> float | None: ...
-    @property
-    def max_stop_strings(self) -> int: ...
-    @property
-    def max_n(self) -> int: ...
-    @property
-    def max_logprobs(self) -> int: ...
-    @property
-    def heartbeat_s(self) -> float: ...
 
 
 class Service:

@@ -1,8 +1,8 @@
 """Server-sent events of a streamed answer, as bytes.
 
 Everything of a chunk but the text is the same for a whole stream, so it is built once per choice; a token then costs
-one JSON-escaped string between two constants: 0.4 us, against 2.9 us for `orjson.dumps` of the nested chunk (2 cores
-of an EPYC, November 2026). Only `data:` lines and comments are ever sent: the official client's decoder dies on a
+one JSON-escaped string between two constants: 0.27 us, against 1.1 us for `orjson.dumps` of the nested chunk (EPYC,
+November 2026). Only `data:` lines and comments are ever sent: the official client's decoder dies on a
 heartbeat that follows an `id:` or `retry:` line.
 """
 

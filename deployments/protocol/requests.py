@@ -7,27 +7,17 @@ Names, defaults and ranges: OpenAI's document; the extra sampling fields are vLL
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr, ValidationError
 from pydantic_core import PydanticCustomError
 
 from deployments.protocol.errors import ApiError, bad_request, unsupported
 from deployments.protocol.fields import BY_NAME, Endpoint
+from deployments.protocol.limits import Limits
 from deployments.protocol.validation import expected, translate
 
 INT64 = 2**63
-
-
-class Limits(Protocol):
-    """The settings that bound one request (deployments/settings.py documents them)."""
-
-    @property
-    def max_n(self) -> int: ...
-    @property
-    def max_stop_strings(self) -> int: ...
-    @property
-    def max_logprobs(self) -> int: ...
 
 
 def _whole(value: Any) -> Any:

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 import openai
 import pytest
 import uvicorn
+from pydantic import ConfigDict
 
 from deployments.api.app import create_app
+from deployments.protocol.limits import Limits
 from deployments.transport.base import NotReady
 from model_core.engine.request import EngineInfo, EngineStats, Request, TokenEvent, TokenLogprobs
 from model_core.tokenizer.chat import ChatTemplate
@@ -69,16 +71,14 @@ def make_tokenizer(chat: bool = True) -> Tokenizer:
     return Tokenizer(codec, ChatTemplate({"default": TEMPLATE}) if chat else None)
 
 
-@dataclass
-class LimitsForTests:
+class LimitsForTests(Limits):
+    """Small, and changeable while the server runs."""
+
+    model_config = ConfigDict(frozen=False)
     max_body_bytes: int = 20_000
     max_queued_requests: int = 8
     queue_timeout_s: float | None = 20.0
     request_timeout_s: float | None = 30.0
-    max_stop_strings: int = 4
-    max_n: int = 8
-    max_logprobs: int = 20
-    heartbeat_s: float = 15.0
 
 
 def hello(request: Request) -> list[int]:

@@ -1,0 +1,59 @@
+"""The HTTP deployment: Ray Serve runs the API's Starlette app in its replicas; text work happens here alone."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.applications import Starlette
+
+from deployments.api.app import create_app
+from deployments.transport.base import Transport
+from model_core.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from deployments.settings import AppArgs
+    from model_core.weights.source import LocalModel
+
+
+# Everything about limits and queues is the app's own (api/admission.py, api/supervise.py): Serve would answer in bare
+# text and cut streams. So Serve's limits are out of the way here.
+@serve.deployment(max_ongoing_requests=4096, max_queued_requests=-1, graceful_shutdown_timeout_s=120)
+@serve.ingress()
+class Api:
+    """model: handle of the model deployment. Serve calls __serve_build_asgi_app__ once, after the constructor."""
+
+    def __init__(self, model: DeploymentHandle, args: AppArgs, local_model: LocalModel) -> None:
+        self._model = model
+        self._args = args
+        self._tokenizer = load_tokenizer(local_model.path)
+        _log_to_stderr(logging.getLogger("mini_llm"))
+
+    def __serve_build_asgi_app__(self) -> Starlette:
+        transport = open_transport(self._args.transport, self._model)
+        # Serve's proxies put x-request-id on every response themselves; twice, clients would read "a, a"
+        return create_app(transport, self._tokenizer, self._args.limits, tag_responses=False)
+
+
+def open_transport(kind: str, model: DeploymentHandle) -> Transport:
+    """kind: "push" or "handle", as in serve_config.yaml."""
+    if kind == "handle":
+        from deployments.transport.handle import HandleTransport
+
+        return HandleTransport(model)
+    from deployments.transport.push import PushTransport
+
+    return PushTransport(model)
+
+
+def _log_to_stderr(logger: logging.Logger) -> None:
+    """One plain line per record (access records are JSON already), in the replica's log that Ray collects."""
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    logger.setLevel(logging.INFO)
