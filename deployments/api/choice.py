@@ -85,7 +85,14 @@ class Choice:
         if event.cached_tokens:
             self.cached_tokens = event.cached_tokens
         if ids:
-            self._clock(len(ids))
+            now = time.perf_counter()
+            if self.last_token_at is None:
+                self.first_token_at = now
+                self._metrics.time_to_first_token.observe(now - self.started_at)
+            else:
+                self._metrics.inter_token_latency.observe(now - self.last_token_at)
+            self.last_token_at = now
+            self.tokens += len(ids)
         if event.finish == "error" or event.finish == "abort":
             log.error("request %s ended by the engine: %s %s", event.request_id, event.finish, event.error or "")
             raise internal_error()
@@ -112,16 +119,6 @@ class Choice:
         entries, self._held = self._held[:ready], self._held[ready:]
         self._given += len(entries)
         return entries
-
-    def _clock(self, count: int) -> None:
-        now = time.perf_counter()
-        if self.last_token_at is None:
-            self.first_token_at = now
-            self._metrics.time_to_first_token.observe(now - self.started_at)
-        else:
-            self._metrics.inter_token_latency.observe(now - self.last_token_at)
-        self.last_token_at = now
-        self.tokens += count
 
 
 class LateStop:

@@ -20,7 +20,7 @@ from deployments.transport.base import NotReady, Transport
 from model_core.engine.request import EngineInfo, EngineStats
 from model_core.tokenizer.tokenizer import Tokenizer
 
-INLINE_CHARS = 2000  # longer texts are tokenised in a thread: about 0.5 ms, the step time of a fast engine
+INLINE_CHARS = 2000  # longer texts are tokenised in a thread; 2000 characters take 0.8 to 1.7 ms (SmolLM2, EPYC)
 PROBE_TIMEOUT_S = 2.0
 
 T = TypeVar("T")

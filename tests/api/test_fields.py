@@ -1,0 +1,40 @@
+"""The field table and the request models say the same, and every refused field is refused."""
+
+import pytest
+
+from deployments.protocol.errors import ApiError
+from deployments.protocol.fields import BY_NAME, FIELDS
+from deployments.protocol.limits import Limits
+from deployments.protocol.requests import ChatRequest, CompletionRequest, parse_chat, parse_completion
+
+MODELS = {"chat": (ChatRequest, parse_chat), "completions": (CompletionRequest, parse_completion)}
+
+
+@pytest.mark.parametrize("endpoint", MODELS)
+def test_the_table_lists_exactly_what_the_model_takes(endpoint):
+    served = {name for name, field in BY_NAME[endpoint].items() if field.status == "served"}
+    assert served == set(MODELS[endpoint][0].model_fields)
+
+
+def test_no_field_is_listed_twice():
+    for endpoint, fields in BY_NAME.items():
+        assert len(fields) == sum(endpoint in field.endpoints for field in FIELDS)
+
+
+@pytest.mark.parametrize("endpoint", MODELS)
+def test_refused_and_ignored_fields(endpoint):
+    parse = MODELS[endpoint][1]
+    for field in BY_NAME[endpoint].values():
+        if field.status == "served":
+            continue
+        body = {"prompt": "a", field.name: {"some": "thing"}}
+        if field.status == "ignored":
+            assert parse(body, Limits())[1] == []  # known, so not counted as unknown
+            continue
+        with pytest.raises(ApiError) as caught:
+            parse(body, Limits())
+        error = caught.value
+        assert (error.status, error.code, error.param) == (400, "unsupported_parameter", field.name)
+        assert field.note and field.note in error.message  # says what to do instead
+        for value in (None, *field.harmless):
+            parse({"prompt": "a", field.name: value}, Limits())
