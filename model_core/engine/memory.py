@@ -57,21 +57,22 @@ def available_host_memory() -> int:
     return max(0, free)
 
 
-def plan_memory(model: ModelConfig, engine: EngineConfig, *, device: str, element_bytes: int, max_seqs: int,
-                max_batch_tokens: int, available: int) -> Ledger:
+def plan_memory(model: ModelConfig, engine: EngineConfig, *, device: str, element_bytes: int, kv_element_bytes: int,
+                max_seqs: int, max_batch_tokens: int, available: int) -> Ledger:
     """Divide `available` bytes. Raises OutOfMemory, with the ledger and the number to set, if no sequence would fit.
 
     Peaks are those of the widest step: `max_batch_tokens` rows through a layer, `max_seqs` rows of float32 logits
-    (raw, processed, and one sorted copy with int64 indices while top-p is in use).
+    (raw, processed, and one sorted copy with int64 indices while top-p is in use). On the CPU float32 weights are kept
+    packed for decoding beside the original for prefill (kernels/linear.py), hence twice.
     """
-    weights = model.num_parameters * element_bytes
+    weights = model.num_parameters * element_bytes * (2 if device == "cpu" and element_bytes == 4 else 1)
     row = 4 * model.hidden_size + 2 * (model.q_size + 2 * model.kv_size) + 3 * model.intermediate_size
     activations = max_batch_tokens * row * max(element_bytes, 4)
     logits = max_seqs * model.vocab_size * (4 + 4 + 4 + 8)
     sampler = max_seqs * model.vocab_size * 4
     runtime = _CUDA_CONTEXT if device == "cuda" else 256 << 20
     fixed = weights + activations + logits + sampler + runtime
-    page_bytes = model.kv_bytes_per_token(element_bytes) * engine.page_size
+    page_bytes = model.kv_bytes_per_token(kv_element_bytes) * engine.page_size
 
     wanted = engine.kv_cache_bytes
     if wanted is None:

@@ -111,7 +111,7 @@ class Sampler:
         return result
 
     def _penalised(self, logits: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """Repetition penalty (Keskar et al. 2019) over prompt and output; presence and frequency (OpenAI) over output."""
+        """Repetition penalty (Keskar et al. 2019) over prompt and output; presence and frequency over output."""
         counts = self.counts[slots]
         output = (counts >> 1).to(torch.float32)
         repetition = torch.where(counts > 0, self.repetition[slots, None], 1.0)

@@ -1,0 +1,234 @@
+"""The engine: one thread that schedules, launches, reads tokens and emits them, step after step."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from model_core.engine.config import EngineConfig
+from model_core.engine.load import Parts, load_parts
+from model_core.engine.plan import StepPlan, check_request
+from model_core.engine.records import StepRecord, StepRing
+from model_core.engine.request import EngineInfo, EngineStats, FinishReason, Request, TokenEvent
+from model_core.engine.runner import InFlight
+from model_core.engine.validate import validate
+from model_core.errors import EngineDead, RequestError
+
+logger = logging.getLogger("mini_llm.engine")
+
+OnStep = Callable[[list[TokenEvent]], None]
+_MAX_FAILED_STEPS = 3  # in a row; after that the fault is the engine's, not a request's
+
+
+class Engine:
+    """Continuous batching over one model on one device.
+
+    Methods may be called from any thread. `on_step` is called from the engine's thread, once per step, with the events
+    of all requests; it must return quickly and not raise.
+    """
+
+    def __init__(self, parts: Parts, config: EngineConfig, *, name: str, source: str = "disk") -> None:
+        self.parts, self.config = parts, config
+        self.info = EngineInfo(
+            model=name, source=source, family=parts.model.family, parameters=parts.model.num_parameters,
+            dtype=str(parts.dtype).removeprefix("torch."), device=parts.device.type,
+            context_length=parts.limits.max_context,
+            pool_tokens=parts.scheduler.pool.capacity * config.page_size, max_seqs=parts.limits.max_seqs,
+            vocab_size=parts.model.vocab_size, eos_ids=parts.model.eos_ids)
+        self.records = StepRing()
+        self.stage = "not started"  # what the thread does now, for the watchdog's message
+        self.failure: str | None = None
+        self._inbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._on_step: OnStep = lambda events: None
+        self._events: list[TokenEvent] = []
+        self._stopping = False
+        self._progress_at = time.monotonic()
+        self._step_ms = 0.0
+        self._failed_steps = 0
+        self._steps = 0
+        self._seeds = random.Random(config.seed)
+        self._lookahead = 1 if parts.device.type == "cuda" else 0  # a CPU step is done when launch returns
+
+    @classmethod
+    def load(cls, path: Path | str, config: EngineConfig | None = None, *, name: str | None = None,
+             source: str = "disk") -> Engine:
+        """Load a checkpoint (a folder or a GGUF file). Raises CheckpointError, UnsupportedModel, ConfigError,
+        OutOfMemory."""
+        config = config or EngineConfig()
+        return cls(load_parts(Path(path), config), config, name=name or Path(path).name, source=source)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive() and self.failure is None
+
+    def start(self, on_step: OnStep) -> None:
+        """Start the engine's thread. Once per engine."""
+        assert self._thread is None, "the engine was started already"
+        self._on_step = on_step
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; its events follow through on_step. Raises RequestError at once if it can never be served
+        (values out of range, too long), EngineDead if nobody would answer."""
+        if not self.alive:
+            raise EngineDead(f"the engine is not running: {self.failure or self.stage}")
+        validate(request, self.info.vocab_size)
+        check_request(request, self.parts.limits, self.parts.scheduler.pool)
+        if self.parts.scheduler.get(request.request_id) is not None:
+            raise RequestError(f"request_id {request.request_id!r} is in use by a live request: ids must be unique",
+                               param="request_id", code="duplicate_request_id")
+        self._inbox.put(request)
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its last event has finish "abort". Unknown ids are ignored."""
+        self._inbox.put(request_id)
+
+    def stats(self) -> EngineStats:
+        s, pool = self.parts.scheduler, self.parts.scheduler.pool
+        return EngineStats(
+            running=s.running, waiting=s.waiting + self._inbox.qsize(), pages_total=pool.capacity, pages_free=pool.free,
+            pages_cached=pool.cached, steps=self._steps, prompt_tokens=s.prompt_tokens,
+            generation_tokens=s.generation_tokens, prefix_queries=s.prefix_queries, prefix_hits=s.prefix_hits,
+            preemptions=s.preemptions, step_ms=self._step_ms,
+            last_step_age_s=time.monotonic() - self._progress_at if s.has_work else 0.0)
+
+    def dispatch_table(self) -> list[dict[str, Any]]:
+        """Which implementation runs for which op and shape, and why."""
+        return self.parts.ops.explain()
+
+    def shutdown(self) -> None:
+        """Stop after the step in flight; live requests end with finish "abort"."""
+        self._stopping = True
+        self._inbox.put(None)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=60)
+
+    # ---- the engine's thread -----------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        flights: deque[InFlight] = deque()
+        try:
+            while not self._stopping:
+                idle = not (self.parts.scheduler.has_work or flights)
+                self._read_inbox(wait=idle)
+                self._turn(flights)
+                self._flush()
+        except BaseException as error:  # the last line of defence: say it, end every request, let the health check see
+            logger.exception("the engine thread failed at step %d (%s)", self._steps, self.stage)
+            self.failure = f"{type(error).__name__}: {error}"
+        self.stage = "stopped"
+        reason: FinishReason = "error" if self.failure else "abort"
+        unread = []
+        while not self._inbox.empty():
+            item = self._inbox.get()
+            unread += [item.request_id] if isinstance(item, Request) else []
+        for request_id in [*self.parts.scheduler.reasons(), *unread]:
+            self._events.append(TokenEvent(request_id, [], reason, error=self.failure and f"engine: {self.failure}"))
+        self._flush()
+
+    def _read_inbox(self, wait: bool) -> None:
+        self.stage = "idle" if wait else "reading requests"
+        while True:
+            try:
+                item = self._inbox.get(block=wait)
+            except queue.Empty:
+                return
+            wait = False
+            self._progress_at = time.monotonic()
+            if isinstance(item, Request):
+                self._add(item)
+            elif item is not None and self.parts.scheduler.abort(item):
+                self._events.append(TokenEvent(item, [], "abort"))
+
+    def _add(self, request: Request) -> None:
+        if request.params.seed is None:  # fixed now, so that a preempted sequence goes on with the same noise
+            request = replace(request, params=replace(request.params, seed=self._seeds.getrandbits(63)))
+        try:
+            self.parts.scheduler.add(request)
+        except RequestError as error:  # only a duplicate id comes as far as this
+            logger.warning("refused a request: %s", error)
+
+    def _turn(self, flights: deque[InFlight]) -> None:
+        """Schedule and launch a step, then read the oldest one as soon as enough others are behind it."""
+        began = time.perf_counter()
+        self.stage = "scheduling"
+        plan = self.parts.scheduler.schedule()
+        planned = time.perf_counter()
+        if plan is not None:
+            self.stage = f"computing step {plan.step} ({plan.num_decodes} decodes, {plan.num_tokens} tokens)"
+            try:
+                flights.append(self.parts.runner.launch(plan))
+            except Exception as error:
+                while flights:
+                    self._collect(flights.popleft())
+                self._fail_step(plan, error)
+                return
+        launched = time.perf_counter()
+        waited = emitted = launched
+        if flights and (len(flights) > self._lookahead or plan is None):
+            waited, emitted = self._collect(flights.popleft())
+        if plan is not None:
+            s = self.parts.scheduler
+            prefill = plan.num_tokens - plan.num_decodes
+            self.records.append(StepRecord(
+                plan.step, time.time(), plan.num_decodes, prefill, s.running, s.waiting, s.pool.available,
+                len(plan.preempted), *(int(1e6 * (b - a)) for a, b in (
+                    (began, planned), (planned, launched), (launched, waited), (waited, emitted)))))
+        self._step_ms = 1e3 * (time.perf_counter() - began)
+
+    def _collect(self, flight: InFlight) -> tuple[float, float]:
+        """Read a step's tokens, commit them, and queue their events. Returns when the wait and the rest ended."""
+        self.stage = f"waiting for step {flight.plan.step}"
+        try:
+            tokens, logprobs = flight.collect()
+        except Exception as error:
+            self._fail_step(flight.plan, error)
+            return time.perf_counter(), time.perf_counter()
+        waited = time.perf_counter()
+        self.stage = f"emitting step {flight.plan.step}"
+        live = [entry.seq for entry in flight.rows if entry.seq.finish is None]
+        for seq in live:
+            if tokens[seq.request_id] < 0:
+                self._fail(seq.request_id, "the model produced logits that are not finite numbers")
+        self.parts.scheduler.commit(flight.plan, tokens)
+        for seq in live:
+            key = seq.request_id
+            if seq.finish == "error":
+                continue
+            first = seq.num_output == 1
+            self._events.append(TokenEvent(key, [tokens[key]], seq.finish, [logprobs[key]] if key in logprobs else None,
+                                           cached_tokens=seq.cached_tokens if first else 0))
+        self._steps += 1
+        self._failed_steps = 0
+        self._progress_at = time.monotonic()
+        return waited, time.perf_counter()
+
+    def _fail_step(self, plan: StepPlan, error: Exception) -> None:
+        """A step raised: its sequences end with an error, the others go on, unless it happens again and again."""
+        logger.error("step %d failed (%s)", plan.step, self.stage, exc_info=error)
+        self._failed_steps += 1
+        if self._failed_steps >= _MAX_FAILED_STEPS or self.parts.device.type == "cuda":
+            raise error  # a CUDA error is sticky: only a new process recovers
+        for entry in plan.entries:
+            if entry.seq.finish is None:
+                self._fail(entry.seq.request_id, f"the step that computed this request failed: {error}")
+        self.parts.scheduler.commit(plan, {})
+
+    def _fail(self, request_id: str, message: str) -> None:
+        self.parts.scheduler.finish(request_id, "error")
+        self._events.append(TokenEvent(request_id, [], "error", error=message))
+
+    def _flush(self) -> None:
+        if self._events:
+            events, self._events = self._events, []
+            self._on_step(events)

@@ -1,0 +1,131 @@
+"""From a checkpoint on disk to a runner that is ready: the itemised start-up of an engine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from model_core.cache.pages import PagePool
+from model_core.dispatch.ops import Ops
+from model_core.engine.config import EngineConfig
+from model_core.engine.memory import Ledger, available_host_memory, plan_memory
+from model_core.engine.plan import Limits
+from model_core.engine.runner import Runner
+from model_core.engine.scheduler import Scheduler
+from model_core.errors import ConfigError
+from model_core.model.config import ModelConfig
+from model_core.model.kv import KVCache
+from model_core.model.llama import Llama
+from model_core.model.parameters import Parameters
+from model_core.weights.checkpoint import open_checkpoint
+from model_core.weights.load import load_parameters
+from model_core.weights.progress import Progress
+
+logger = logging.getLogger("mini_llm.engine")
+
+
+@dataclass
+class Parts:
+    """What an engine is made of, and the seconds each step of making it took."""
+
+    model: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+    limits: Limits
+    ledger: Ledger
+    ops: Ops
+    runner: Runner
+    scheduler: Scheduler
+    startup: list[tuple[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how large: EngineConfig with every "auto" decided for this machine and model."""
+
+    device: torch.device
+    dtype: torch.dtype
+    limits: Limits
+    ledger: Ledger
+
+
+def place(model: ModelConfig, config: EngineConfig) -> Placement:
+    """Decide device, dtype, limits and the memory ledger. Raises ConfigError and OutOfMemory."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda but torch sees no GPU: set device to auto or cpu, or check nvidia-smi")
+    device = torch.device("cuda:0" if name == "cuda" else "cpu")
+    dtype_name = config.dtype if config.dtype != "auto" else ("bfloat16" if name == "cuda" else "float32")
+    dtype: torch.dtype = getattr(torch, dtype_name)
+    max_seqs = config.max_seqs or (256 if name == "cuda" else 32)
+    max_batch_tokens = config.max_batch_tokens or max(max_seqs, 4096 if name == "cuda" else 256)
+    if config.context_length and config.context_length > model.context_length:
+        raise ConfigError(f"context_length is {config.context_length}, this model's is {model.context_length}: "
+                          f"set it to at most that")
+    if name == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        available = int(min(free, total * config.gpu_memory_fraction))
+    else:
+        available = available_host_memory()
+    # A CPU computes in float32 whatever the weights are kept in (kernels/linear.py), and so its pages are float32.
+    kv_bytes = 4 if name == "cpu" else dtype.itemsize
+    ledger = plan_memory(model, config, device=name, element_bytes=dtype.itemsize, kv_element_bytes=kv_bytes,
+                         max_seqs=max_seqs, max_batch_tokens=max_batch_tokens, available=available)
+    pool_tokens = (ledger.num_pages - 1) * config.page_size
+    context = min(config.context_length or model.context_length, pool_tokens)
+    return Placement(device, dtype, Limits(max_seqs, max_batch_tokens, context), ledger)
+
+
+def load_parts(path: Path, config: EngineConfig) -> Parts:
+    """Open, place, load and warm up. Raises what each of those raises; nothing is left allocated then."""
+    startup: list[tuple[str, float]] = []
+    with _timed("open", startup):
+        checkpoint = open_checkpoint(path)
+        placed = place(checkpoint.config, config)
+    _set_threads(config, placed.device)
+    logger.info("memory: %s", placed.ledger)
+    with _timed("weights", startup):
+        parameters = load_parameters(checkpoint, dtype=placed.dtype, device=placed.device, progress=Progress())
+    return assemble(checkpoint.config, parameters, config, placed, startup)
+
+
+def assemble(model: ModelConfig, parameters: Parameters, config: EngineConfig, placed: Placement,
+             startup: list[tuple[str, float]] | None = None) -> Parts:
+    """Everything after the weights are in memory; benchmarks and tests come here with random ones."""
+    startup = [] if startup is None else startup
+    with _timed("model", startup):
+        ops = Ops(placed.device, overrides=config.kernels)
+        llama = Llama(model, parameters, ops, placed.limits.max_context)
+    with _timed("KV pool", startup):
+        kv = KVCache.empty(model, placed.ledger.num_pages, config.page_size, llama.dtype, placed.device)
+        pool = PagePool(placed.ledger.num_pages, config.page_size, prefix_cache=config.prefix_cache)
+        runner = Runner(llama, kv, placed.limits, config.page_size, placed.device)
+    with _timed("warm-up", startup):
+        # One prefill above the dispatch threshold and one decode reach every kernel that the rule can choose.
+        runner.warm_up(min(placed.limits.max_batch_tokens, placed.limits.max_context, 160))
+    scheduler = Scheduler(pool, placed.limits, eos_ids=model.eos_ids)
+    logger.info("start-up: %s", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in startup))
+    return Parts(model, placed.dtype, placed.device, placed.limits, placed.ledger, ops, runner, scheduler, startup)
+
+
+def _set_threads(config: EngineConfig, device: torch.device) -> None:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    elif device.type == "cpu":
+        # Ray sets OMP_NUM_THREADS to an actor's num_cpus, which would leave the engine one core.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(cores)
+
+
+@contextmanager
+def _timed(name: str, startup: list[tuple[str, float]]) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    startup.append((name, time.perf_counter() - began))
