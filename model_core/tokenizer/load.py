@@ -145,6 +145,11 @@ def _gguf_bpe(meta: dict[str, Any], tokens: list[str], kinds: list[int]) -> Code
 def _gguf_spm(path: Path, meta: dict[str, Any], tokens: list[str], kinds: list[int]) -> Codec:
     from model_core.tokenizer import spm
 
+    # sentencepiece knows one unknown token; files with more (Phi-3) mean control tokens by the others.
+    unknown = meta.get("unknown_token_id", next((i for i, kind in enumerate(kinds) if kind == spm.UNKNOWN), None))
+    kinds = [spm.CONTROL if kind == spm.UNKNOWN else kind for kind in kinds]
+    if unknown is not None and 0 <= unknown < len(kinds):
+        kinds[unknown] = spm.UNKNOWN
     proto = spm.model_proto(spm.Vocabulary(
         pieces=tokens, scores=meta.get("scores", []), kinds=kinds,
         bos_id=meta.get("bos_token_id", -1), eos_id=meta.get("eos_token_id", -1),

