@@ -88,13 +88,13 @@ def test_nobody_passes_a_big_request_that_waits() -> None:
     scheduler = make(pages=11, seqs=4)
     scheduler.add(request("a", 16, max_tokens=20))
     step(scheduler)
-    big = scheduler.add(request("b", 30, max_tokens=5))
+    scheduler.add(request("b", 30, max_tokens=5))
     scheduler.add(request("c", 1, max_tokens=1))
     order = []
     while scheduler.has_work:
         entries = step(scheduler)
         order += [name for name, start, *_ in entries if start == 0]
-        if big.state is State.WAITING:
+        if scheduler.get("a") is not None:
             assert scheduler.reasons() == {"a": Reason.NONE, "b": Reason.NO_PAGES, "c": Reason.PRIORITY}
     assert order == ["b", "c"]
 
@@ -127,7 +127,7 @@ def test_admission_leaves_every_running_sequence_a_page_to_grow() -> None:
 
 def test_preemption_takes_the_last_one_and_its_recomputation_is_mostly_a_hit() -> None:
     scheduler = make(pages=8)
-    scheduler.add(request("a", 11, max_tokens=17))
+    scheduler.add(request("a", 11, max_tokens=8))
     victim = scheduler.add(request("b", 11, max_tokens=10))
     seen = []
     while scheduler.has_work:
@@ -136,11 +136,9 @@ def test_preemption_takes_the_last_one_and_its_recomputation_is_mostly_a_hit() -
         seen += [(e.seq.request_id, e.start, e.count) for e in plan.entries if e.seq in plan.admitted]
         scheduler.commit(plan, {e.seq.request_id: OUT for e in plan.entries if e.samples})
         scheduler.check()
-    # 7 pages: both hold 3, the 7th goes to a at token 12, b needs one at once but is last: it waits, a preempts it
-    # at token 16; two of b's three pages were still cached when it came back.
-    assert seen[:3] == [("a", 0, 11), ("b", 0, 11), ("preempted", "b")]
-    name, start, count = seen[3]
-    assert name == "b" and start + count == len(victim.tokens) - 9 and start % 4 == 0
+    # 7 pages: both hold 3, the 7th goes to a at token 12; b needs one at the same time but is last: it waits, until
+    # a preempts it at token 16 and evicts one of its 3 full pages. The other two are a hit when a has ended.
+    assert seen == [("a", 0, 11), ("b", 0, 11), ("preempted", "b"), ("b", 8, 5)]
     assert scheduler.preemptions == 1 and victim.finish == "length" and victim.num_output == 10
     assert victim.admissions == 2 and victim.cached_tokens == 0 and scheduler.prefix_queries == 22
 
@@ -265,24 +263,22 @@ def test_a_sequence_preempted_in_flight_keeps_its_token_and_waits_for_its_pages(
 
 
 def test_pages_on_their_way_back_do_not_preempt_more() -> None:
-    scheduler = make(pages=6, seqs=3)
+    scheduler = make(pages=7)
     for name in "abc":
         scheduler.add(request(name, 4, max_tokens=12))
-    first = scheduler.schedule()
-    assert [e.seq.request_id for e in first.entries] == ["a", "b"]  # 2 pages and 2 to grow leave one: not enough
-    second = scheduler.schedule()
-    held = [scheduler.get(name) for name in "ab"]
-    for plan in (first, second):
-        scheduler.commit(plan, {"a": OUT, "b": OUT})
-    while scheduler.preemptions == 0:
-        plan = scheduler.schedule()
-        ahead = scheduler.schedule()
-        scheduler.check()
-        for done in (plan, ahead):
-            if done is not None:
-                scheduler.commit(done, {name: OUT for name in "abc"})
-        scheduler.check()
-    assert scheduler.preemptions == 1 and held[0].state is State.RUNNING
+    out = dict.fromkeys("abc", OUT)
+    for _ in range(4):
+        step(scheduler)  # 7 tokens are computed, 6 of 6 pages held
+    plan = scheduler.schedule()
+    assert scheduler.pool.available == 0
+    assert scheduler.schedule() is None  # a and b need a page each; both will come from c, which plan still uses
+    assert scheduler.preemptions == 1 and scheduler.running == 2
+    assert scheduler.reasons() == {"a": Reason.NO_PAGES, "b": Reason.NO_PAGES, "c": Reason.NO_PAGES}
+    scheduler.check()
+    scheduler.commit(plan, out)
+    plan = scheduler.schedule()
+    assert work(plan) == [("a", 8, 1, True), ("b", 8, 1, True)] and plan.preempted == ["c"]
+    scheduler.commit(plan, out)
     drain(scheduler)
 
 
@@ -344,15 +340,15 @@ def test_aborted_requests_behind_a_waiting_head_are_forgotten() -> None:
 
 @pytest.mark.parametrize("size", [1, 4])
 def test_the_worst_load_drains_without_a_preemption_storm(size: int) -> None:
-    """Each request alone fills the pool; recomputation stays a small part of the work."""
+    """Ten times more requests than fit, each of which would fill the pool alone: recomputation stays bounded."""
     scheduler = make(pages=40 // size + 1, size=size, seqs=10, budget=16)
     seqs = [scheduler.add(request(f"{i}", [i] * 3, max_tokens=38)) for i in range(20)]
     computed = 0
     while scheduler.has_work:
         computed += sum(count for *_, count, _ in step(scheduler))
-        assert computed < 3 * 20 * 40
+        assert computed < 2 * 20 * 40
     assert all(seq.finish == "length" and seq.num_output == 38 for seq in seqs)
-    assert scheduler.preemptions < 2 * len(seqs)
+    assert 0 < scheduler.preemptions < 3 * len(seqs)
 
 
 def test_same_inputs_same_plans() -> None:
@@ -361,7 +357,7 @@ def test_same_inputs_same_plans() -> None:
         scheduler = make(pages=20, size=2, seqs=5, budget=12, eos_ids=[1])
         plans: list[StepPlan] = []
         for turn in range(2000):
-            if rng.random() < 0.3 and scheduler.waiting < 8:
+            if rng.random() < 0.6 and scheduler.waiting < 8:
                 prompt = [rng.randrange(2) for _ in range(rng.randrange(1, 20))]
                 scheduler.add(request(f"{turn}", prompt, max_tokens=rng.randrange(1, 18), priority=rng.randrange(2)))
             if rng.random() < 0.02 and scheduler._live:
@@ -373,7 +369,7 @@ def test_same_inputs_same_plans() -> None:
                             [e.seq.slot for e in plan.entries], plan.preempted))
             if plans and (plan is None or len(plans) > 1):
                 done = plans.pop(0)
-                scheduler.commit(done, {e.seq.request_id: rng.randrange(3) for e in done.entries})
+                scheduler.commit(done, {e.seq.request_id: rng.randrange(20) for e in done.entries})
         assert scheduler.preemptions > 20 and scheduler.prefix_hits > 100
         return log
 
