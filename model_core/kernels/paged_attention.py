@@ -261,7 +261,8 @@ def paged_attention(
         grid = (cdiv(max(batch.query_lens[decodes:]) * group, tiles.rows), kv_heads, batch.num_seqs - decodes)
         _prefill_kernel[grid](
             q, k_cache, v_cache, out, batch.query_start, batch.context_len, batch.block_tables, scale * _LOG2_E,
-            *strides, decodes, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, STAGES=tiles.stages, num_warps=tiles.warps, **shape)  # fmt: skip
+            *strides, decodes, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, STAGES=tiles.stages, num_warps=tiles.warps,
+            **shape)  # fmt: skip
     return out
 
 

@@ -58,10 +58,10 @@ class Llama:
 
     def _layer(self, layer: LayerParameters) -> Layer:
         qkv = self._linear(layer.qkv, layer.qkv_bias)
-        norms = {name: None if (norm := getattr(layer, name)) is None else norm.to(qkv.dtype)
-                 for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm")}
-        return Layer(qkv=qkv, o=self._linear(layer.o), gate_up=self._linear(layer.gate_up),
-                     down=self._linear(layer.down), **norms)
+        q_norm, k_norm = (None if norm is None else norm.to(qkv.dtype) for norm in (layer.q_norm, layer.k_norm))
+        return Layer(attn_norm=layer.attn_norm.to(qkv.dtype), qkv=qkv, q_norm=q_norm, k_norm=k_norm,
+                     o=self._linear(layer.o), mlp_norm=layer.mlp_norm.to(qkv.dtype),
+                     gate_up=self._linear(layer.gate_up), down=self._linear(layer.down))
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: KVCache) -> torch.Tensor:

@@ -83,7 +83,7 @@ def spm_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(line for text in CORPUS for line in text.splitlines()), model_writer=model,
         model_type="bpe", vocab_size=600, byte_fallback=True, split_digits=True, normalization_rule_name="identity",
-        add_dummy_prefix=True, remove_extra_whitespaces=False, character_coverage=0.97, minloglevel=3)
+        add_dummy_prefix=True, remove_extra_whitespaces=False, character_coverage=0.98, minloglevel=3)
     folder = tmp_path_factory.mktemp("spm")
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     write_config(folder, "<s>", "</s>", chat_template=TEMPLATES["zephyr"])

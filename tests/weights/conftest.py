@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -106,10 +107,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def handle(self) -> None:
-        try:
+        with contextlib.suppress(ConnectionError):  # a client that refused what it saw
             super().handle()
-        except ConnectionError:  # a client that refused what it saw
-            pass
 
     def log_message(self, *args: object) -> None:
         pass

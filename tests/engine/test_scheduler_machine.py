@@ -1,0 +1,182 @@
+"""The scheduler against a model of the device: what is written to each page, and what each step would read.
+
+The model device runs steps in order, any time between schedule and commit. A token's keys and values stand for the
+whole prefix that they depend on, so a page that is reused too early, shared wrongly or indexed before it is written
+shows as a step that reads another sequence's prefix.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from model_core.cache.pages import PagePool
+from model_core.engine.request import Request, SamplingParams
+from model_core.engine.scheduler import Limits, Scheduler, StepPlan
+from model_core.engine.sequence import Sequence, State
+from model_core.errors import RequestError
+
+STOP = 1  # of the two token ids 0 and 1
+
+
+class Device:
+    """Runs plans with the block tables they were scheduled with. `tokens`: what it knows of each sequence."""
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self.memory: dict[int, tuple[int, ...]] = {}  # address: the prefix whose last token was written there
+        self.tokens: dict[Sequence, list[int]] = {}
+        self.queue: deque[tuple[StepPlan, list[list[int]]]] = deque()
+
+    def launch(self, plan: StepPlan) -> None:
+        for seq in plan.admitted:
+            self.tokens.setdefault(seq, list(seq.tokens))
+        self.queue.append((plan, [list(entry.seq.block_table) for entry in plan.entries]))
+
+    def run(self, choose) -> dict[str, int]:
+        """Execute the oldest launched plan; returns the sampled tokens of all its entries by request id."""
+        plan, tables = self.queue.popleft()
+        size, sampled = self.page_size, {}
+        for entry, table in zip(plan.entries, tables, strict=True):  # all of a layer's writes come before its reads
+            known = self.tokens[entry.seq]
+            end = entry.start + entry.count
+            assert end <= len(known), "an input token does not exist yet"
+            for position in range(entry.start, end):
+                self.memory[table[position // size] * size + position % size] = tuple(known[: position + 1])
+        for entry, table in zip(plan.entries, tables, strict=True):
+            known = self.tokens[entry.seq]
+            end = entry.start + entry.count
+            for position in range(end):
+                read = self.memory.get(table[position // size] * size + position % size)
+                assert read == tuple(known[: position + 1]), f"position {position} is read as {read}"
+            assert entry.samples == (end == len(known))
+            if entry.samples:
+                sampled[entry.seq.request_id] = choose()
+                known.append(sampled[entry.seq.request_id])
+        return sampled
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(pages=st.integers(2, 40), size=st.integers(1, 3), seqs=st.integers(1, 5), spare=st.integers(0, 8),
+                depth=st.integers(1, 3), cache=st.booleans())
+    def build(self, pages: int, size: int, seqs: int, spare: int, depth: int, cache: bool) -> None:
+        """depth: plans in flight at most; 1 is the synchronous engine, 2 is one step ahead."""
+        self.limits = Limits(seqs, seqs + spare, 30)
+        self.scheduler = Scheduler(PagePool(pages, size, prefix_cache=cache), self.limits, eos_ids=[STOP])
+        self.device = Device(size)
+        self.depth = depth
+        self.flights: deque[StepPlan] = deque()
+        self.results: deque[dict[str, int]] = deque()
+        self.live: dict[str, Sequence] = {}
+        self.noise = 1
+        self.names = 0
+
+    def choose(self) -> int:
+        self.noise = self.noise * 6364136223846793005 % (1 << 64) + 1
+        return self.noise >> 40 & 1
+
+    @rule(prompt=st.lists(st.integers(0, 1), max_size=16), new=st.integers(0, 20), priority=st.integers(0, 2),
+          ignore_eos=st.booleans(), least=st.integers(0, 4))
+    def add(self, prompt: list[int], new: int, priority: int, ignore_eos: bool, least: int) -> None:
+        params = SamplingParams(max_tokens=new, ignore_eos=ignore_eos, min_tokens=least)
+        request = Request(f"{self.names}", prompt, params, priority)
+        self.names += 1
+        pool, total = self.scheduler.pool, len(prompt) + new
+        fits = prompt and new and total <= 30 and total - 1 <= (pool.num_pages - 1) * pool.page_size
+        try:
+            self.live[request.request_id] = self.scheduler.add(request)
+            assert fits
+        except RequestError:
+            assert not fits
+
+    @precondition(lambda self: len(self.flights) < self.depth)
+    @rule()
+    def schedule(self) -> None:
+        scheduler, limits = self.scheduler, self.limits
+        plan = scheduler.schedule()
+        if plan is None:
+            assert self.flights or not self.live, "live sequences, nothing in flight, and no plan"
+            return
+        assert 0 < plan.num_tokens == sum(entry.count for entry in plan.entries) <= limits.max_batch_tokens
+        assert all(entry.count == 1 and entry.samples for entry in plan.entries[: plan.num_decodes])
+        assert len({entry.seq for entry in plan.entries}) == len(plan.entries) <= limits.max_seqs
+        if any(entry.count > 1 for entry in plan.entries):  # nobody who misses one token was passed over for a prompt
+            scheduled = {entry.seq for entry in plan.entries}
+            assert all(seq in scheduled or seq.total == seq.limit or seq.total - seq.computed > 1
+                       or seq.reason.value == "no_pages" for seq in scheduler._running)
+        self.device.launch(plan)
+        self.flights.append(plan)
+
+    @precondition(lambda self: self.device.queue)
+    @rule(noise=st.integers(0, 1 << 20))
+    def execute(self, noise: int) -> None:
+        self.noise ^= noise
+        self.results.append(self.device.run(self.choose))
+
+    @precondition(lambda self: self.flights)
+    @rule()
+    def commit(self) -> None:
+        if not self.results:
+            self.results.append(self.device.run(self.choose))
+        plan, sampled = self.flights.popleft(), self.results.popleft()
+        sampled = {name: token for name, token in sampled.items() if name in self.live}
+        ended = self.scheduler.commit(plan, sampled)
+        for seq in ended:
+            output = seq.tokens[seq.num_prompt :]
+            params = seq.request.params
+            stops = [i + 1 for i, token in enumerate(output) if token == STOP and i + 1 >= params.min_tokens]
+            if params.ignore_eos or not stops:
+                assert seq.finish == "length" and len(output) == params.max_tokens
+            else:
+                assert seq.finish == "stop" and stops == [len(output)]
+            assert self.live.pop(seq.request_id) is seq
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), reason=st.sampled_from(["abort", "stop"]))
+    def finish(self, data, reason) -> None:
+        name = data.draw(st.sampled_from(sorted(self.live)))
+        seq = self.live.pop(name)
+        assert self.scheduler.finish(name, reason) is seq and seq.finish == reason
+        assert not self.scheduler.abort(name)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def preempt(self, data) -> None:
+        name = data.draw(st.sampled_from(sorted(self.live)))
+        running = self.live[name].state is State.RUNNING
+        assert self.scheduler.preempt(name) == running
+
+    @invariant()
+    def everything_agrees(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        scheduler = self.scheduler
+        scheduler.check()
+        assert scheduler.running + scheduler.waiting == len(self.live) == len(scheduler.reasons())
+        assert scheduler.in_flight == len(self.flights)
+        for seq in self.live.values():
+            assert seq.tokens == self.device.tokens.get(seq, seq.tokens)[: len(seq.tokens)]
+
+    def teardown(self) -> None:
+        """Everything that was accepted ends, and every page comes back."""
+        if not hasattr(self, "scheduler"):
+            return
+        bound = 100 + 20 * sum(seq.limit for seq in self.live.values())
+        while self.scheduler.has_work:
+            while len(self.flights) < self.depth:
+                before = len(self.flights)
+                self.schedule()
+                if len(self.flights) == before:
+                    break
+            self.commit()
+            self.everything_agrees()
+            bound -= 1
+            assert bound, "accepted requests do not end"
+        assert not self.live and self.scheduler.pool.used == 0
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=120, stateful_step_count=50, deadline=None, derandomize=True)
