@@ -90,7 +90,7 @@ class Sequence:
         """Assert the invariants; for tests."""
         assert self.computed < self.total <= self.limit, (self.computed, self.total, self.limit)
         assert len(self.tokens) <= self.total
-        assert self.pending <= self.in_flight
+        assert self.finish is not None or self.pending <= self.in_flight
         assert (self.slot is None) == (self.state is not State.RUNNING and not self.in_flight)
         if self.state is State.RUNNING:
             assert len(self.block_table) * page_size >= self.computed

@@ -179,4 +179,4 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=120, stateful_step_count=50, deadline=None, derandomize=True)
+TestSchedulerMachine.settings = settings(max_examples=300, stateful_step_count=50, deadline=None, derandomize=True)

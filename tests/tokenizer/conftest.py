@@ -96,7 +96,8 @@ def llama_json_dir(spm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     model = sentencepiece.SentencePieceProcessor(model_file=str(spm_dir / "tokenizer.model"))
     pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
     vocab = {piece: i for i, piece in enumerate(pieces)}
-    splits = [(i, piece[:n], piece[n:]) for i, piece in enumerate(pieces) if model.get_score(i) < 0
+    splits = [(i, piece[:n], piece[n:]) for i, piece in enumerate(pieces)
+              if not (model.is_byte(i) or model.is_control(i) or model.is_unknown(i))  # the first merge scores 0
               for n in range(1, len(piece)) if piece[:n] in vocab and piece[n:] in vocab]
     merges = [(left, right) for _, left, right in
               sorted(splits, key=lambda s: (-model.get_score(s[0]), vocab[s[1]], vocab[s[2]]))]
