@@ -14,7 +14,8 @@ from ray.serve import Application
 
 from deployments.hydrate import hydrate
 from deployments.ingress import Api
-from deployments.replica import Loader, ModelReplica, ReplicaSpec, load_engine, log_to_stderr
+from deployments.logs import log_to_stderr
+from deployments.replica import Loader, ModelReplica, ReplicaSpec, load_engine
 from deployments.settings import AppArgs
 from model_core.errors import ConfigError
 from model_core.weights.source import ModelSource

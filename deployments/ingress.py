@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from typing import TYPE_CHECKING
 
 from ray import serve
@@ -11,6 +9,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 
 from deployments.api.app import create_app
+from deployments.logs import log_to_stderr
 from deployments.transport.base import Transport
 from model_core.tokenizer import load_tokenizer
 
@@ -30,7 +29,7 @@ class Api:
         self._model = model
         self._args = args
         self._tokenizer = load_tokenizer(local_model.path)
-        _log_to_stderr(logging.getLogger("mini_llm"))
+        log_to_stderr("%(message)s")  # access records are JSON already
 
     def __serve_build_asgi_app__(self) -> Starlette:
         transport = open_transport(self._args.transport, self._model)
@@ -48,12 +47,3 @@ def open_transport(kind: str, model: DeploymentHandle) -> Transport:
 
     return PushTransport(model)
 
-
-def _log_to_stderr(logger: logging.Logger) -> None:
-    """One plain line per record (access records are JSON already), in the replica's log that Ray collects."""
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
-        logger.propagate = False
-    logger.setLevel(logging.INFO)

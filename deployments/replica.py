@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from deployments.logs import log_to_stderr
 from deployments.transport.sender import Link, Links, ReplyTo
 from deployments.transport.stream import Stream
 from deployments.transport.wire import pack_events
@@ -242,13 +242,3 @@ class ModelReplica:
             metrics.report(self._engine.stats())
             await asyncio.sleep(METRICS_PERIOD_S)
 
-
-def log_to_stderr() -> None:
-    """Our log as plain lines in the replica's stderr, which Ray collects and shows where Serve was started."""
-    logger = logging.getLogger("mini_llm")
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(levelname).1s %(message)s"))
-        logger.addHandler(handler)
-        logger.propagate = False
-    logger.setLevel(logging.INFO)

@@ -14,6 +14,7 @@ from model_core.model.config import ModelConfig
 from model_core.model.kv import KVCache
 from model_core.model.parameters import LayerParameters, Parameters
 from model_core.model.rope import cos_sin_table
+from model_core.threads import over_threads
 
 
 @dataclass
@@ -46,9 +47,23 @@ class Llama:
         self.scale = config.head_dim**-0.5
         self.embed = parameters.embed
         self.layers: list[Layer] = []
-        while parameters.layers:
-            self.layers.append(self._layer(parameters.layers.pop(0)))
-        self.head = self._linear(parameters.head)
+        waiting: list[LayerParameters | None] = [*parameters.layers]
+        parameters.layers.clear()
+
+        def place(index: int) -> Linear | Layer:
+            if index < 0:
+                return self._linear(parameters.head)
+            layer, waiting[index] = waiting[index], None
+            assert layer is not None
+            return self._layer(layer)
+
+        # The head (-1) first: it is the largest matrix, so the layers fill the other threads meanwhile.
+        workers = None if self.embed.device.type == "cpu" else 1
+        for placed in over_threads(place, range(-1, config.num_layers), workers):
+            if isinstance(placed, Layer):
+                self.layers.append(placed)
+            else:
+                self.head = placed
         self.dtype = self.head.dtype
         self.final_norm = parameters.final_norm.to(self.dtype)
         self.cos_sin = cos_sin_table(config, max_context, self.embed.device)

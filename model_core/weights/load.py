@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-
 import torch
 
 from model_core.errors import CheckpointError
 from model_core.model.config import ModelConfig
 from model_core.model.parameters import Parameters
+from model_core.threads import over_threads
 from model_core.weights.checkpoint import Checkpoint, StoredTensor
 from model_core.weights.progress import Progress
 
@@ -38,31 +35,15 @@ def load_parameters(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str |
             stored.read_into(targets[stored.name])
         return stored.nbytes
 
-    workers = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
-    with _single_threaded_ops(), ThreadPoolExecutor(workers) as pool:
-        for nbytes in pool.map(read, checkpoint.tensors.values()):
-            if progress:
-                progress.advance(nbytes)
+    workers = None if torch.device(device).type == "cpu" else 1
+    for nbytes in over_threads(read, checkpoint.tensors.values(), workers):
+        if progress:
+            progress.advance(nbytes)
     if config.tie_embeddings and _HEAD in checkpoint.tensors:
         _check_tied(checkpoint, parameters)
     if progress:
         progress.end()
     return parameters
-
-
-@contextmanager
-def _single_threaded_ops() -> Iterator[None]:
-    """One thread per torch op; the tensors are spread over threads instead.
-
-    Ops of a millisecond that meet at an OpenMP barrier wait for whoever else has the core: with both of 2 cores busy
-    SmolLM2 took 31 s that way, and under 1 s without barriers.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
