@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from deployments.transport.wire import MAGIC, WireError, encode_event, pack_frame
 from model_core.engine.request import TokenEvent
@@ -40,9 +40,8 @@ class Link(asyncio.Protocol):
         self._reason: str | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.write(pack_frame([MAGIC, self.reply_to.secret]))
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transports are no subclass of it
+        self._transport.write(pack_frame([MAGIC, self.reply_to.secret]))
 
     def connection_lost(self, error: Exception | None) -> None:
         self._drop(self._reason or f"the connection to the Api replica broke ({error or 'closed'})")

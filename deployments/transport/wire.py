@@ -15,7 +15,7 @@ import asyncio
 import hmac
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import msgpack
 
@@ -113,8 +113,7 @@ class FrameProtocol(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's transports are no subclass of it
         loop = asyncio.get_running_loop()
         self._deadline = loop.call_later(self._hello_timeout_s, self._fail, WireError("no hello"))
 
