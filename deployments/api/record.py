@@ -10,6 +10,8 @@ import orjson
 
 log = logging.getLogger("mini_llm.access")
 
+PROBES = frozenset({"/health", "/ready", "/metrics"})  # asked every second or so by machines; logged at DEBUG
+
 
 @dataclass
 class Record:
@@ -36,9 +38,10 @@ class Record:
         return time.perf_counter() - self.begun
 
     def write(self) -> None:
-        if not log.isEnabledFor(logging.INFO):
+        level = logging.DEBUG if self.route in PROBES else logging.INFO
+        if not log.isEnabledFor(level):
             return
         line = {"ts": round(time.time(), 3)}
         line.update({key: value for key, value in vars(self).items() if value is not None and key != "begun"})
         line["total_ms"] = round(self.seconds() * 1e3, 2)
-        log.info(orjson.dumps(line).decode())
+        log.log(level, orjson.dumps(line).decode())
