@@ -120,11 +120,26 @@ def start_folder() -> Path:
 
     Workers of a local cluster run there too, with one exception: under `uv run`, Ray packs the folder and runs each
     worker in an unpacked copy (without what .gitignore lists), where ./weight would be empty and thrown away at the
-    end. The copy is recognised by Ray's name for it; where Serve was started is then in PWD, which workers inherit.
+    end. The copy is recognised by Ray's name for it; where Serve was started is then the folder of Ray's own daemon.
     """
     here = Path.cwd()
-    origin = Path(os.environ.get("PWD", here))
-    if "working_dir_files" in here.parts and (origin / "pyproject.toml").exists():
-        return origin
-    return here
+    if "working_dir_files" not in here.parts:
+        return here
+    origin = _raylet_folder() or here
+    if origin != here:
+        log.warning("started under `uv run`: Ray builds another environment for its workers, which takes a minute; "
+                    "`.venv/bin/serve run` and `mini-llm serve` do without. Using the files of %s", origin)  # fmt: skip
+    return origin if (origin / "pyproject.toml").exists() else here
 
+
+def _raylet_folder() -> Path | None:
+    """The working directory of the raylet that this process descends from."""
+    pid = os.getppid()
+    try:
+        while pid > 1:
+            if (Path(f"/proc/{pid}/comm")).read_text().strip() == "raylet":
+                return Path(f"/proc/{pid}/cwd").resolve()
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError):
+        return None
+    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -141,9 +141,23 @@ def check_keys(model: type[BaseModel], values: Mapping[str, Any], prefix: str = 
         field = model.model_fields.get(key)
         if field is None:
             raise ValueError(f"unknown key {prefix}{key}; {nearest(str(key), model.model_fields)}")
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel) and isinstance(value, Mapping):
+        inner = _model_in(field.annotation)
+        if inner is None:
+            continue
+        if isinstance(value, Mapping):
             check_keys(inner, value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                if isinstance(item, Mapping):
+                    check_keys(inner, item, f"{prefix}{key}.{index}.")
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model of a field: the annotation itself, or the one inside Optional or list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = [inner for part in get_args(annotation) if (inner := _model_in(part)) is not None]
+    return found[0] if len(found) == 1 else None
 
 
 def nearest(word: str, known: Any) -> str:
@@ -151,10 +165,13 @@ def nearest(word: str, known: Any) -> str:
     return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
 
 
-def parse_args(values: Mapping[str, Any]) -> AppArgs:
-    """AppArgs of a plain mapping. Raises ConfigError with one line per mistake, each naming its key."""
+Args = TypeVar("Args", bound=BaseModel)
+
+
+def parse_args(values: Mapping[str, Any], kind: type[Args]) -> Args:
+    """`kind` (AppArgs) of a plain mapping. Raises ConfigError with one line per mistake, each naming its key."""
     try:
-        return AppArgs.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         raise ConfigError(explain(error)) from None
 

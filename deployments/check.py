@@ -1,0 +1,292 @@
+"""`mini-llm check`: whatever can be known to be wrong with serve_config.yaml on this machine before anything starts."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import inspect
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from deployments.settings import AppArgs, check_keys, describe, explain, nearest, parse_args
+from model_core.errors import ConfigError, MiniLLMError
+
+if TYPE_CHECKING:
+    from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
+
+    from deployments.app import Placement
+
+BUILDER = "deployments.app:build"
+_MARKS = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "error": "[bold red]error[/]"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. "error": the server would not start; "note": it would, but somebody should know."""
+
+    what: str
+    state: Literal["ok", "note", "error"]
+    text: str
+
+
+def main(argv: list[str]) -> int:
+    """0 if the configuration can be served here, 1 if not."""
+    parser = argparse.ArgumentParser("mini-llm check", description="Check a Serve configuration before anything starts.")
+    parser.add_argument("config", nargs="?", default="serve_config.yaml", type=Path)
+    parser.add_argument("--keys", action="store_true", help="print every key of `args:`, its default and its meaning")
+    options = parser.parse_args(argv)
+    if options.keys:
+        print(describe())
+        return 0
+    findings = list(check(options.config))
+    show(findings)
+    return int(any(finding.state == "error" for finding in findings))
+
+
+def show(findings: list[Finding]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for finding in findings:
+        table.add_row(finding.what, _MARKS[finding.state], escape(finding.text))
+    Console(soft_wrap=False).print(table)
+
+
+def check(path: Path) -> Iterator[Finding]:
+    """Everything in the order a person would look at it. Raises nothing; what goes wrong is a finding."""
+    try:
+        config = read_config(path)
+        applications = [(application, read_args(application)) for application in config.applications]
+    except ConfigError as error:
+        yield Finding("configuration", "error", str(error))
+        return
+    names = ", ".join(f"{application.name} ({application.import_path})" for application, _ in applications)
+    yield Finding("configuration", "ok", f"{path}: {names}")
+    yield from _check_ports(config)
+    for application, args in applications:
+        if isinstance(args, AppArgs):
+            yield from _check_application(application, args)
+
+
+# ---- the file ------------------------------------------------------------------------------------------------------
+
+
+def read_config(path: Path) -> ServeDeploySchema:
+    """The file as Ray Serve reads it. Raises ConfigError; also for keys that Serve itself would silently ignore."""
+    from ray.serve.schema import ServeDeploySchema
+
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}; name a Serve configuration") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path} holds no mapping; it should begin like the serve_config.yaml of this project")
+    try:
+        check_keys(ServeDeploySchema, content)
+        config = ServeDeploySchema.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain(error)}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not config.applications:
+        raise ConfigError(f"{path}: applications is empty; there is nothing to serve")
+    return config
+
+
+def read_args(application: ServeApplicationSchema) -> BaseModel | None:
+    """The `args:` of an application, by the type that its builder declares; None if it declares none. ConfigError."""
+    module, _, name = application.import_path.replace(":", ".").rpartition(".")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `serve run` does
+    try:
+        found = __import__(module, fromlist=[name])
+    except ImportError as error:
+        raise ConfigError(f"import_path {application.import_path!r} of application {application.name!r} cannot be "
+                          f"imported: {error}; is this the project's folder?") from None  # fmt: skip
+    if not hasattr(found, name):
+        raise ConfigError(f"import_path {application.import_path!r}: {module} has no {name}; "
+                          f"{nearest(name, [key for key in vars(found) if not key.startswith('_')])}")  # fmt: skip
+    builder = getattr(found, name)
+    parameters = list(inspect.signature(builder).parameters.values()) if inspect.isfunction(builder) else []
+    kind = parameters[0].annotation if len(parameters) == 1 else None
+    if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+        return None
+    try:
+        return parse_args(application.args, kind)
+    except ConfigError as error:
+        raise ConfigError(f"args of application {application.name!r}: {error}") from None
+
+
+# ---- the machine ---------------------------------------------------------------------------------------------------
+
+
+def _check_ports(config: ServeDeploySchema) -> Iterator[Finding]:
+    host, port = config.http_options.host, config.http_options.port
+    flags = controller_environment(config)
+    ports = [(f"http_options.port {port}", host, port)]
+    if flags.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+        for key, default in (("RAY_SERVE_HAPROXY_METRICS_PORT", "9101"), ("RAY_SERVE_HAPROXY_STATS_PORT", "8404"),
+                             ("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", "8500")):  # fmt: skip
+            number = flags.get(key, default)
+            if not number.isdecimal():
+                yield Finding("ports", "error", f"{key} is {number!r}; it must be a number")
+                return
+            ports.append((f"{key} {number}", "0.0.0.0", int(number)))
+    failed = False
+    for what, address, number in ports:
+        reason = _port_problem(address, number)
+        if reason:
+            failed = True
+            remedy = "stop what listens there, or set another"
+            where = "" if what.startswith("http") else " under env_vars of controller_options and of the application"
+            yield Finding("ports", "error", f"{what} {reason}: {remedy}{where}")
+    if not failed:
+        yield Finding("ports", "ok", ", ".join(f"{address}:{number}" for _, address, number in ports) + " are free")
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        yield Finding("access", "note", f"http_options.host is {host}: every machine that reaches it may use the server; "
+                                        "there is no authentication")  # fmt: skip
+    for application in config.applications:
+        own = application.runtime_env.get("env_vars", {})
+        unlike = sorted(key for key in {*own, *flags} if key.startswith("RAY_SERVE_") and own.get(key) != flags.get(key)
+                        and key not in os.environ)  # fmt: skip
+        if unlike:
+            yield Finding("flags", "note", f"{', '.join(unlike)}: set for the controller or for application "
+                                           f"{application.name!r} alone; Serve wants the same in both")  # fmt: skip
+
+
+def controller_environment(config: ServeDeploySchema) -> dict[str, str]:
+    """The environment variables that decide how the controller works: the YAML's over this process' own."""
+    options = config.controller_options
+    named = (options.runtime_env or {}).get("env_vars", {}) if options else {}
+    return {**{key: value for key, value in os.environ.items() if key.startswith("RAY_SERVE_")}, **named}
+
+
+def _port_problem(host: str, port: int) -> str | None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections of the last run do not count
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return f"is in use on {host}"
+            return f"cannot be used on {host} ({error.strerror})"
+        except OverflowError:
+            return "is no port number (1 to 65535)"
+    return None
+
+
+# ---- the model -----------------------------------------------------------------------------------------------------
+
+
+def _check_application(application: ServeApplicationSchema, args: AppArgs) -> Iterator[Finding]:
+    path = None
+    for finding, found in _check_weights(args):
+        yield finding
+        path = found
+    if application.import_path != BUILDER:
+        yield Finding("engine", "note", f"{application.import_path} brings its own; not checked")
+        return
+    if os.environ.get("RAY_ADDRESS", "local") != "local":
+        yield Finding("engine", "note", f"device and memory are those of the cluster at {os.environ['RAY_ADDRESS']}; not checked")
+        return
+    import torch
+
+    from deployments.app import place
+
+    try:
+        placement = place(args, torch.cuda.device_count())
+    except ConfigError as error:
+        yield Finding("device", "error", str(error))
+        return
+    name = torch.cuda.get_device_name(0) if placement.device == "cuda" else f"{os.cpu_count()} cores"
+    yield Finding("device", "ok", f"{placement.device} ({name}): {placement.replicas} model, {placement.api_replicas} HTTP "
+                                  f"replica{'s' if placement.api_replicas > 1 else ''}")  # fmt: skip
+    if path is not None:
+        yield from _check_engine(path, args, placement)
+
+
+def _check_weights(args: AppArgs) -> Iterator[tuple[Finding, Path | None]]:
+    """Findings, each with the folder or file of the model that would be served, if it is here."""
+    from model_core.weights import hub
+    from model_core.weights.fallback import parse_requirement
+    from model_core.weights.folder import find_complete
+    from model_core.weights.progress import format_bytes
+
+    weight_dir = Path(args.weight_dir).expanduser().absolute()
+    local = Path(args.model).expanduser()
+    try:
+        pin = parse_requirement(args.fallback) if args.fallback else None
+        if local.exists():
+            yield Finding("weights", "ok", f"{local}, as it is"), local.absolute()
+            return
+        folder = find_complete(weight_dir, args.model, args.revision)
+        if folder:
+            yield Finding("weights", "ok", f"{args.model} is complete in {folder}"), folder
+            return
+        try:
+            snapshot = hub.snapshot(args.model, args.revision)
+        except hub.HubUnreachable as error:
+            if pin is None:
+                text = (f"{args.model} is not complete in {weight_dir} and no hub can be reached: {error}. Set HF_ENDPOINT to "
+                        "a mirror, copy the files there, or set fallback")  # fmt: skip
+                yield Finding("weights", "error", text), None
+                return
+            folder = find_complete(weight_dir, *pin)
+            text = f"{args.model} is not complete in {weight_dir} and no hub can be reached ({error}): the FALLBACK {pin[0]} is served"
+            yield Finding("weights", "note", f"{text}, {f'complete in {folder}' if folder else 'from the package index'}"), folder
+            return
+        free = shutil.disk_usage(next(place for place in (weight_dir, *weight_dir.parents) if place.exists())).free
+        text = f"{args.model} will be fetched from {hub.endpoint()} into {weight_dir}: {len(snapshot.files)} files, {format_bytes(snapshot.nbytes)}"
+        if snapshot.nbytes > free:
+            yield Finding("weights", "error", f"{text}, but only {format_bytes(free)} are free there; set weight_dir"), None
+        else:
+            yield Finding("weights", "ok", f"{text} ({format_bytes(free)} free)"), None
+    except MiniLLMError as error:
+        yield Finding("weights", "error", str(error)), None
+
+
+def _check_engine(path: Path, args: AppArgs, placement: Placement) -> Iterator[Finding]:
+    """Opens the checkpoint (headers only) and its tokenizer, and does the sums of the memory ledger."""
+    from model_core.engine import load
+    from model_core.engine.memory import GIB
+    from model_core.tokenizer import load_tokenizer
+    from model_core.weights.checkpoint import open_checkpoint
+    from model_core.weights.load import check_tensors
+
+    try:
+        checkpoint = open_checkpoint(path)
+        check_tensors(checkpoint)
+        tokenizer = load_tokenizer(path)
+        model = checkpoint.config
+        yield Finding("model", "ok", f"{model.family}, {model.num_parameters / 1e6:.0f}M parameters, {tokenizer.vocab_size} tokens")
+        placed = load.place(model, args.engine.config(placement.device))
+    except (MiniLLMError, OSError) as error:
+        yield Finding("model", "error", str(error))
+        return
+    ledger = placed.ledger
+    text = (f"{ledger}; context {placed.limits.max_context} tokens, {placed.limits.max_seqs} sequences at once, "
+            f"{ledger.num_pages} pages of {args.engine.page_size}")  # fmt: skip
+    together = ledger.total * placement.replicas
+    if placement.device == "cpu" and together > ledger.available:
+        yield Finding("memory", "error", f"{placement.replicas} replicas take {together / GIB:.2f} GiB together, "
+                                         f"{ledger.available / GIB:.2f} are free: lower replicas or engine.kv_cache_bytes")  # fmt: skip
+    else:
+        yield Finding("memory", "ok", text)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,269 @@
+"""`mini-llm serve`: what `serve run` does with the same file, with an end to the waiting.
+
+`serve run` keeps running, and says nothing at the end of its tracebacks, when the application cannot be deployed. This
+launcher checks first, follows the deployment, exits 1 with one message if it fails, and stops everything in seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deployments.check import controller_environment, read_config
+from model_core.errors import ConfigError, MiniLLMError
+
+if TYPE_CHECKING:
+    from ray.serve.schema import ServeDeploySchema
+
+STARTING_POLL_S = 0.3
+RUNNING_POLL_S = 2.0
+ANSWER_S = 30.0  # from "the application runs" to an answer through the proxy; seen: 0.5 to 3 s
+# Serve waits for running requests when it stops; whoever presses Ctrl-C does not want to. Without any it takes 3 to 5 s.
+SHUTDOWN_S = 6.0
+_FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
+_EXCEPTION = re.compile(r"^(?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Dead|OutOfMemory|UnsupportedModel|Interrupt)\b.*?: ")
+
+
+class DeploymentFailed(MiniLLMError):
+    """Serve gave up on the application; the text is what it knows, without the tracebacks."""
+
+
+def main(argv: list[str]) -> int:
+    """Serves until Ctrl-C or SIGTERM, then returns 0; 1 if the checks or the deployment fail."""
+    parser = argparse.ArgumentParser("mini-llm serve", description="Check, start and watch a Ray Serve configuration.")
+    parser.add_argument("config", nargs="?", default="serve_config.yaml", type=Path)
+    options = parser.parse_args(argv)
+    _catch_signals()
+    try:
+        # in a process of its own, because on a GPU it makes a CUDA context of half a GiB to ask for free memory
+        if subprocess.run([sys.executable, "-m", "deployments.check", str(options.config)]).returncode:
+            return 1
+        with _run_folder() as folder, _environment(folder):
+            return _serve(read_config(options.config))
+    except ConfigError as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        return 0
+
+
+def _serve(config: ServeDeploySchema) -> int:
+    began = time.monotonic()
+    _say("starting Ray")
+    import ray
+
+    try:
+        context = ray.init(namespace="serve", logging_level="warning")
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        return _fail(f"Ray did not start: {error}")
+    try:
+        _catch_signals()  # again: Ray has put a handler of its own in the place of ours
+        _deploy(config)
+        _follow(config)
+        _wait_for_answer(config)
+        _announce(config, context.dashboard_url, time.monotonic() - began)
+        _watch()
+        return 0
+    except DeploymentFailed as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        _stop()
+
+
+def _deploy(config: ServeDeploySchema) -> None:
+    """The same two calls as `serve run` makes (ray/serve/scripts.py of 2.60, which is pinned); the second is private."""
+    from ray.serve._private.api import serve_start
+    from ray.serve.config import gRPCOptions
+
+    _say("starting Ray Serve")
+    client = serve_start(
+        http_options=config.http_options.model_dump(),
+        proxy_location=config.proxy_location,
+        grpc_options=gRPCOptions(**config.grpc_options.model_dump()),
+        controller_options=config.controller_options,
+    )
+    client.deploy_apps(config)
+
+
+def _follow(config: ServeDeploySchema) -> None:
+    """Returns when every application runs. Raises DeploymentFailed."""
+    from ray import serve
+
+    names = {application.name for application in config.applications}
+    said: dict[str, str] = {}
+    while True:
+        found = serve.status().applications
+        for name, text in _progress(found):
+            if said.get(name) != text:
+                said[name] = text
+                _say(f"{name}: {text}")
+        failed = [explain_failure(name, app) for name, app in found.items() if app.status in _FAILED]
+        if failed:
+            raise DeploymentFailed("\n".join(failed))
+        if names <= {name for name, app in found.items() if app.status == "RUNNING"}:
+            return
+        time.sleep(STARTING_POLL_S)
+
+
+def _progress(applications: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, app in applications.items():
+        if not app.deployments and app.status == "DEPLOYING":
+            yield name, "weights, then replicas"
+        for part, deployment in app.deployments.items():
+            counts = ", ".join(f"{count} {state.lower()}" for state, count in deployment.replica_states.items() if count)
+            yield f"{name}/{part}", f"{deployment.status.lower()}{f' ({counts})' if counts else ''}"
+
+
+def _wait_for_answer(config: ServeDeploySchema) -> None:
+    """The application runs; its proxy hears of that a moment later."""
+    end = time.monotonic() + ANSWER_S
+    status = 0
+    while time.monotonic() < end:
+        try:
+            with urllib.request.urlopen(_url(config) + "/ready", timeout=5) as answer:
+                status = answer.status
+        except urllib.error.HTTPError as error:
+            status = error.code
+        except OSError:
+            status = 0
+        if 0 < status < 500:
+            return
+        time.sleep(STARTING_POLL_S)
+    what = f"HTTP {status}" if status else "no connection"
+    raise DeploymentFailed(f"the application runs but {_url(config)}/ready gives {what} for {ANSWER_S:.0f} s; see Ray's "
+                           "logs of the proxy (/tmp/ray/session_latest/logs/serve)")  # fmt: skip
+
+
+def _watch() -> None:
+    """Reports changes of status for as long as Serve lives. Raises DeploymentFailed when it does not any more."""
+    from ray import serve
+
+    before: dict[str, str] = {}
+    while True:
+        try:
+            now = {name: str(app.status.value) for name, app in serve.status().applications.items()}
+        except Exception as error:  # the controller is restarted by Ray; without Ray there is nothing left to watch
+            raise DeploymentFailed(f"Ray Serve is gone: {type(error).__name__}: {str(error)[:500]}") from None
+        for name, status in now.items():
+            if before.get(name, "RUNNING") != status:
+                _say(f"{name}: {status.lower()}")
+        before = now
+        time.sleep(RUNNING_POLL_S)
+
+
+def _announce(config: ServeDeploySchema, dashboard: str | None, seconds: float) -> None:
+    _say(f"ready after {seconds:.1f} s")
+    lines = [f"API         {_url(config)}/v1   (POST /v1/chat/completions, /v1/completions; GET / lists the rest)"]
+    if dashboard:
+        lines.append(f"dashboard   http://{dashboard}")
+        if os.environ.get("RAY_AUTH_MODE", "token") == "token":
+            lines.append("            asks for a token: the content of ~/.ray/auth_token, or `ray get-auth-token`")
+    print("\n".join(["", *lines, "stop        Ctrl-C", ""]), flush=True)
+
+
+def _stop() -> None:
+    """Serve first, so that replicas end in order; then Ray, if it is ours, with whatever is left."""
+    import ray
+    from ray import serve
+
+    _say("stopping")
+    thread = threading.Thread(target=lambda: _quietly(serve.shutdown), daemon=True)
+    thread.start()
+    with suppress(KeyboardInterrupt):  # a second Ctrl-C: no more patience
+        thread.join(SHUTDOWN_S)
+    ray.shutdown()
+
+
+def _quietly(call: Any) -> None:
+    with suppress(Exception):
+        call()
+
+
+# ---- small things --------------------------------------------------------------------------------------------------
+
+
+def explain_failure(name: str, app: Any) -> str:
+    """What Serve knows about a failed application: the exceptions at the ends of its tracebacks."""
+    parts = [f"{name}: {condense(app.message)}"] if app.message else []
+    for part, deployment in app.deployments.items():
+        if deployment.message and deployment.status not in ("HEALTHY", "UPDATING"):
+            parts.append(f"{name}/{part}: {condense(deployment.message)}")
+    return "\n".join(parts) or f"{name}: {app.status}"
+
+
+def condense(message: str) -> str:
+    """The last exception of a traceback with its text, which may have several lines; all of a message that has none."""
+    lines = message.strip().splitlines()
+    for index in range(len(lines) - 1, -1, -1):
+        if _EXCEPTION.match(lines[index]):
+            return "\n".join(lines[index:]).strip()
+    return message.strip()
+
+
+def _url(config: ServeDeploySchema) -> str:
+    host = config.http_options.host
+    host = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return f"http://{host}:{config.http_options.port}{config.applications[0].route_prefix or '/'}".rstrip("/")
+
+
+def _say(text: str) -> None:
+    print(f"[serve] {text}", flush=True)
+
+
+def _fail(reason: object) -> int:
+    print(f"\nerror: {reason}", file=sys.stderr, flush=True)
+    return 1
+
+
+@contextmanager
+def _run_folder() -> Iterator[Path]:
+    """A short-lived folder for HAProxy's files: by default they lie in one place of /tmp, for every user and server."""
+    folder = Path(tempfile.mkdtemp(prefix="mini-llm-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _environment(folder: Path) -> Iterator[None]:
+    """What Ray's processes inherit. Whatever the user has set stays."""
+    before = dict(os.environ)
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # under `uv run`, workers would build environments anew
+    for key, name in (("CONFIG_FILE_LOC", "haproxy.cfg"), ("SOCKET_PATH", "admin.sock"), ("SERVER_STATE_BASE", ""),
+                      ("SERVER_STATE_FILE", "server-state"), ("METRICS_SOCKET_PATH", "metrics.sock")):  # fmt: skip
+        os.environ.setdefault(f"RAY_SERVE_HAPROXY_{key}", str(folder / name))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _catch_signals() -> None:
+    """SIGTERM acts as Ctrl-C does, and Ctrl-C acts even if the parent had it ignored (as shells do for `&`)."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
