@@ -31,6 +31,7 @@ while True:
     stats = model.stats.remote().result()
     used = stats.pages_total - stats.pages_free - stats.pages_cached
     print(json.dumps([asked, time.time(), used, stats.running, stats.step_ms]), flush=True)
+    time.sleep(0.002)
 """
 
 
