@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
@@ -97,6 +98,8 @@ class ModelReplica:
 
     async def __init__(self, spec: ReplicaSpec, load: Loader = load_engine) -> None:  # type: ignore[misc]
         log_to_stderr()
+        # The engine's thread releases the GIL at each torch op and must get it back from the event loop's thread.
+        sys.setswitchinterval(0.0005)
         began = time.monotonic()
         self._loop = asyncio.get_running_loop()
         self._jobs: dict[str, Job] = {}
