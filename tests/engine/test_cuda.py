@@ -1,0 +1,114 @@
+"""The engine on a GPU gives the tokens that it gives on the CPU. Skipped where there is none (CI); run on an H100."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from benchmarks.random_model import write_model
+from model_core.engine.config import EngineConfig
+from model_core.engine.engine import Engine
+from model_core.engine.request import Request, SamplingParams
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+PROMPTS = [[(7 * place * place + 31 * row + place) % 500 for place in range(length)]
+           for row, length in enumerate([1, 5, 16, 17, 40, 129, 200, 17])]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_model("tiny", tmp_path_factory.mktemp("model") / "tiny", dtype=torch.float32)
+
+
+def run(folder, requests, **config):
+    """Token ids and finish reasons by request id."""
+    engine = Engine.load(folder, EngineConfig(dtype="float32", kv_cache_bytes=config.pop("kv", 8 << 20), **config))
+    tokens, finishes, done = {}, {}, threading.Event()
+
+    def on_step(events):
+        for event in events:
+            tokens.setdefault(event.request_id, []).extend(event.token_ids)
+            if event.finish:
+                finishes[event.request_id] = event.finish
+        if len(finishes) == len(requests):
+            done.set()
+
+    engine.start(on_step)
+    for request in requests:
+        engine.submit(request)
+    assert done.wait(120), f"{len(finishes)} of {len(requests)} ended; {engine.stage} {engine.failure}"
+    stats = engine.stats()
+    engine.shutdown()
+    assert stats.pages_free + stats.pages_cached == stats.pages_total
+    return tokens, finishes, stats
+
+
+def requests(**params):
+    return [Request(f"r{i}", prompt, SamplingParams(max_tokens=40, ignore_eos=True, **params))
+            for i, prompt in enumerate(PROMPTS)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def greedy_on_cpu(folder):
+    return run(folder, requests(temperature=0.0), device="cpu")[0]
+
+
+@pytest.mark.parametrize("kernels", [{}, {"default": "torch"}, {"default": "triton"}], ids=["auto", "torch", "triton"])
+def test_greedy_tokens_equal_the_cpus(folder, greedy_on_cpu, kernels):
+    tokens, finishes, _ = run(folder, requests(temperature=0.0), device="cuda", kernels=kernels)
+    assert tokens == greedy_on_cpu
+    assert set(finishes.values()) == {"length"}
+
+
+def test_chunks_and_preemption_change_nothing(folder, greedy_on_cpu):
+    pages = 44  # of 16 tokens, 2 layers, 2 heads of 16, float32: too few for all eight at once
+    kv = pages * 16 * 2 * 2 * 2 * 16 * 4
+    tokens, _, stats = run(folder, requests(temperature=0.0), device="cuda", kv=kv, max_batch_tokens=32, max_seqs=8)
+    assert tokens == greedy_on_cpu
+    assert stats.preemptions > 0
+
+
+def test_seeded_sampling_equals_the_cpus(folder):
+    params = dict(temperature=0.8, top_k=50, top_p=0.95, min_p=0.01, repetition_penalty=1.1, seed=7, logprobs=2)
+    on_cpu, on_gpu = (run(folder, requests(**params), device=device)[0] for device in ("cpu", "cuda"))
+    assert on_cpu == on_gpu
+
+
+def test_an_abort_in_flight_frees_its_pages(folder):
+    engine = Engine.load(folder, EngineConfig(device="cuda", dtype="float32", kv_cache_bytes=8 << 20))
+    finishes, begun, ended = {}, threading.Event(), threading.Event()
+
+    def on_step(events):
+        begun.set()
+        finishes.update({event.request_id: event.finish for event in events if event.finish})
+        if finishes:
+            ended.set()
+
+    engine.start(on_step)
+    engine.submit(Request("a", PROMPTS[4], SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)))
+    assert begun.wait(60)
+    engine.abort("a")
+    assert ended.wait(10) and finishes == {"a": "abort"}
+    engine.shutdown()
+    stats = engine.stats()
+    assert stats.pages_free + stats.pages_cached == stats.pages_total
+
+
+def test_bfloat16_stays_near_float32(folder):
+    """Random weights give flat logits, so tokens may differ; log-probabilities may not by much."""
+    ask = [Request("r", PROMPTS[5], SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, logprobs=5))]
+    best = {}
+    for dtype in ("float32", "bfloat16"):
+        engine = Engine.load(folder, EngineConfig(device="cuda", dtype=dtype, kv_cache_bytes=8 << 20))
+        done, found = threading.Event(), []
+        engine.start(lambda events, found=found, done=done: (found.extend(events), done.set()))
+        engine.submit(ask[0])
+        assert done.wait(60)
+        engine.shutdown()
+        best[dtype] = dict(found[0].logprobs[0].top)
+    shared = best["float32"].keys() & best["bfloat16"].keys()
+    assert len(shared) >= 2
+    assert all(abs(best["float32"][token] - best["bfloat16"][token]) < 0.02 for token in shared)
