@@ -14,7 +14,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,23 +97,25 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(args: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> Iterator[Server]:
-    """Serve with serve_config.yaml, `args` merged over its own; ready on entry, stopped on exit."""
+def serving(
+    args: Mapping[str, Any],
+    environment: Mapping[str, str] | None = None,
+    *,
+    import_path: str | None = None,
+    command: Sequence[str] = (str(Path(sys.executable).with_name("serve")), "run"),
+) -> Iterator[Server]:
+    """Serve with serve_config.yaml, `args` merged over its own; ready on entry, stopped on exit.
+
+    import_path: another builder, e.g. benchmarks.fake_engine:build. command: what is given the configuration's path.
+    """
     directory = Path(tempfile.mkdtemp(prefix="mini-llm-"))  # short: Ray puts Unix sockets below it, 107 bytes at most
-    http, metrics, stats, nowhere = free_ports(4)
-    config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-    application = config["applications"][0]
-    config["http_options"]["port"] = http
-    application["args"] = {**application["args"], **args}
-    ports = {"RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics), "RAY_SERVE_HAPROXY_STATS_PORT": str(stats)}
-    for part in (config["controller_options"], application):
-        part["runtime_env"]["env_vars"] = {**part["runtime_env"]["env_vars"], **ports}
+    config, http, nowhere = configuration(directory, args, import_path)
     path = directory / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config))
     log = directory / "serve.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [Path(sys.executable).with_name("serve"), "run", path], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
+            [*command, path], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
             start_new_session=True, env={
                 **os.environ, "RAY_ADDRESS": "local", "RAY_TMPDIR": str(directory), "RAY_USAGE_STATS_ENABLED": "0",
                 "HF_ENDPOINT": f"http://127.0.0.1:{nowhere}",  # nothing listens there: no hub, on any machine
@@ -127,6 +129,31 @@ def serving(args: Mapping[str, Any], environment: Mapping[str, str] | None = Non
     finally:
         server.stop()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def configuration(directory: Path, args: Mapping[str, Any], import_path: str | None = None) -> tuple[dict[str, Any], int, int]:
+    """serve_config.yaml with ports and HAProxy files of its own, its HTTP port, and a port where nothing listens."""
+    http, metrics, stats, fallback, nowhere = free_ports(5)
+    config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    application = config["applications"][0]
+    config["http_options"]["port"] = http
+    application["args"] = {**application["args"], **args}
+    if import_path:
+        application["import_path"] = import_path
+    own = {
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+        # by default these lie in one place of /tmp, and two servers would read each other's configuration
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "metrics.sock"),
+    }
+    for part in (config["controller_options"], application):
+        part["runtime_env"]["env_vars"] = {**part["runtime_env"]["env_vars"], **own}
+    return config, http, nowhere
 
 
 def free_ports(count: int) -> list[int]:
