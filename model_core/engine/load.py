@@ -108,8 +108,7 @@ def assemble(model: ModelConfig, parameters: Parameters, config: EngineConfig, p
         pool = PagePool(placed.ledger.num_pages, config.page_size, prefix_cache=config.prefix_cache)
         runner = Runner(llama, kv, placed.limits, config.page_size, placed.device)
     with _timed("warm-up", startup):
-        # One prefill above the dispatch threshold and one decode reach every kernel that the rule can choose.
-        runner.warm_up(min(placed.limits.max_batch_tokens, placed.limits.max_context, 160))
+        runner.warm_up(placed.limits.max_batch_tokens)
     scheduler = Scheduler(pool, placed.limits, eos_ids=model.eos_ids)
     logger.info("start-up: %s", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in startup))
     return Parts(model, placed.dtype, placed.device, placed.limits, placed.ledger, ops, runner, scheduler, startup)

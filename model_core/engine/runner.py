@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from model_core.engine.plan import Limits, Scheduled, StepPlan
-from model_core.engine.request import TokenLogprobs
+from model_core.engine.request import SamplingParams, TokenLogprobs
 from model_core.engine.sampler import Sampled, Sampler
 from model_core.model.batch import Batch
 from model_core.model.kv import KVCache
@@ -131,20 +131,49 @@ class Runner:
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def warm_up(self, prefill: int) -> None:
-        """Run a prefill of `prefill` tokens and a decode on the dump page, so that serving compiles nothing anew."""
-        for count in (prefill, 1):
-            positions = torch.arange(count, device=self.device)
-            size = self.page_size
-            batch = Batch(
-                token_ids=torch.zeros_like(positions), positions=positions, slot_mapping=positions % size,
-                query_start=torch.tensor([0, count], dtype=torch.int32, device=self.device),
-                context_len=torch.tensor([count], dtype=torch.int32, device=self.device),
-                block_tables=torch.zeros((1, -(-count // size)), dtype=torch.int32, device=self.device),
-                logit_rows=positions[-1:], query_lens=[count], context_lens=[count], num_decodes=int(count == 1))
-            self.model.forward(batch, self.kv)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+    def warm_up(self, max_tokens: int) -> None:
+        """Run steps on the dump page that reach every kernel the dispatch rule can choose, and the whole sampler.
+
+        Serving then compiles nothing: kernels are specialised on the model's shapes, not on a batch's. (On an H100 the
+        first request waited 2.9 s for them when only one prefill and one decode were run here.)
+        """
+        if self.device.type == "cpu":  # nothing is compiled there; a short step makes threads and buffers
+            self.model.forward(self._dummy((1, 8), (1, 8)), self.kv)
+            return
+        longest = self.max_pages * self.page_size
+        # (query lengths, context lengths): a prefill, single decodes of a short and a long context, all kinds mixed;
+        # each on both sides of the dispatch rule's threshold.
+        for chunk in (min(max_tokens, longest, 160), 8):
+            for queries, contexts in (((chunk,), (chunk,)), ((1,), (1,)), ((1,), (longest,)), ((1, 1), (longest, 1)),
+                                      ((1, 1, chunk), (1, longest, longest))):
+                logits = self.model.forward(self._dummy(queries, contexts), self.kv)
+        slots = torch.zeros(1, dtype=torch.int64, device=self.device)
+        for params in _EVERY_SAMPLER_STEP:
+            self.sampler.sample(logits[:1].clone(), slots, slots, [params], [])
+        torch.cuda.synchronize()
+
+    def _dummy(self, queries: tuple[int, ...], contexts: tuple[int, ...]) -> Batch:
+        tokens, size = sum(queries), self.page_size
+        ends = np.cumsum(queries)
+        return Batch(
+            token_ids=self._send(np.zeros(tokens, dtype=np.int64)),
+            positions=self._send(np.concatenate([np.arange(c - q, c) for q, c in zip(queries, contexts, strict=True)])),
+            slot_mapping=self._send(np.arange(tokens) % size),
+            query_start=self._send(np.concatenate(([0], ends)).astype(np.int32)),
+            context_len=self._send(np.array(contexts, dtype=np.int32)),
+            block_tables=self._send(np.zeros((len(queries), -(-max(contexts) // size)), dtype=np.int32)),
+            logit_rows=self._send(ends - 1),
+            query_lens=list(queries),
+            context_lens=list(contexts),
+            num_decodes=sum(query == 1 for query in queries),
+        )
+
+
+_EVERY_SAMPLER_STEP = (
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=1.0, top_k=10, top_p=0.9, min_p=0.1, logprobs=20, frequency_penalty=0.1),
+    SamplingParams(temperature=1.0, top_k=1000, logprobs=0),
+)
 
 
 def _to_host(sampled: Sampled) -> Sampled:

@@ -112,3 +112,24 @@ def test_bfloat16_stays_near_float32(folder):
     shared = best["float32"].keys() & best["bfloat16"].keys()
     assert len(shared) >= 2
     assert all(abs(best["float32"][token] - best["bfloat16"][token]) < 0.02 for token in shared)
+
+
+def test_nothing_compiles_after_ready(folder, monkeypatch):
+    from triton import knobs
+
+    engine = Engine.load(folder, EngineConfig(device="cuda", dtype="bfloat16", kv_cache_bytes=8 << 20))
+    compiled = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **facts: compiled.append(facts["fn"].name))
+    finished, done = [], threading.Event()
+
+    def on_step(events):
+        finished.extend(event.finish for event in events if event.finish)
+        if len(finished) == len(PROMPTS):
+            done.set()
+
+    engine.start(on_step)
+    for request in requests(temperature=0.7, top_k=20, top_p=0.9):
+        engine.submit(request)
+    assert done.wait(120)
+    engine.shutdown()
+    assert compiled == []
