@@ -13,7 +13,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,7 @@ CONTEXT = 8192
 class _Live:
     request: Request
     left: int
-    random: random.Random = field(default_factory=random.Random)
-    sent: int = 0
+    dice: random.Random
 
 
 class FakeEngine:
@@ -151,7 +150,7 @@ class FakeEngine:
 
     def _token(self, live: _Live) -> TokenEvent:
         key, params = live.request.request_id, live.request.params
-        token = self._ids[int(live.random.random() * len(self._ids))]
+        token = self._ids[int(live.dice.random() * len(self._ids))]
         live.left -= 1
         logprobs = None
         if params.logprobs is not None:
