@@ -76,6 +76,16 @@ class Server:
                 os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait(10)
 
+    def pids(self, title: str = "") -> list[int]:
+        """This server's processes (all that inherited its RAY_TMPDIR) whose command line begins with `title`."""
+        mark = f"RAY_TMPDIR={self.ray_dir}\0".encode()
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mark in (path / "environ").read_bytes() and (path / "cmdline").read_text().startswith(title):
+                    found.append(int(path.name))
+        return found
+
     def daemons(self) -> list[str]:
         """Command lines of the processes that name this server's directory: Ray's daemons and workers."""
         found = []
@@ -102,14 +112,17 @@ def serving(
     environment: Mapping[str, str] | None = None,
     *,
     import_path: str | None = None,
+    edit: Callable[[dict[str, Any]], None] = lambda config: None,
     command: Sequence[str] = (str(Path(sys.executable).with_name("serve")), "run"),
 ) -> Iterator[Server]:
     """Serve with serve_config.yaml, `args` merged over its own; ready on entry, stopped on exit.
 
-    import_path: another builder, e.g. benchmarks.fake_engine:build. command: what is given the configuration's path.
+    import_path: another builder, e.g. benchmarks.fake_engine:build. edit: changes the configuration before it is written.
+    command: what is given its path.
     """
     directory = Path(tempfile.mkdtemp(prefix="mini-llm-"))  # short: Ray puts Unix sockets below it, 107 bytes at most
     config, http, nowhere = configuration(directory, args, import_path)
+    edit(config)
     path = directory / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config))
     log = directory / "serve.log"

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 STARTING_POLL_S = 0.3
 RUNNING_POLL_S = 2.0
 ANSWER_S = 30.0  # from "the application runs" to an answer through the proxy; seen: 0.5 to 3 s
-# Serve waits for running requests when it stops; whoever presses Ctrl-C does not want to. Without any it takes 3 to 5 s.
-SHUTDOWN_S = 6.0
+# Serve waits for running requests when it stops; whoever presses Ctrl-C does not want to. Without any it takes 2 to 4 s,
+# and Ray's own end two more.
+SHUTDOWN_S = 4.0
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 _FRAME = re.compile(r'^\s+File ".*", line \d+')
 # Of Ray's own processes only this is worth a person's attention while a model starts.
@@ -71,7 +72,7 @@ def _serve(config: ServeDeploySchema) -> int:
 
     try:
         context = ray.init(namespace="serve", logging_level=logging.WARNING)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         return _fail(f"Ray did not start: {error}")
     failure = None
     try:
@@ -93,18 +94,24 @@ def _serve(config: ServeDeploySchema) -> int:
 
 
 def _deploy(config: ServeDeploySchema) -> None:
-    """The same two calls as `serve run` makes (ray/serve/scripts.py of 2.60, which is pinned); the second is private."""
+    """The same two calls as `serve run` makes (ray/serve/scripts.py of 2.60, which is pinned); both are private.
+
+    Raises DeploymentFailed if Serve's controller or proxy does not start.
+    """
     from ray.serve._private.api import serve_start
     from ray.serve.config import gRPCOptions
 
     _say("starting Ray Serve")
-    client = serve_start(
-        http_options=config.http_options.model_dump(),
-        proxy_location=config.proxy_location,
-        grpc_options=gRPCOptions(**config.grpc_options.model_dump()),
-        controller_options=config.controller_options,
-    )
-    client.deploy_apps(config)
+    try:
+        client = serve_start(
+            http_options=config.http_options.model_dump(),
+            proxy_location=config.proxy_location,
+            grpc_options=gRPCOptions(**config.grpc_options.model_dump()),
+            controller_options=config.controller_options,
+        )
+        client.deploy_apps(config)
+    except Exception as error:  # Ray's, Serve's, or what a proxy raised in its own process
+        raise DeploymentFailed(f"Ray Serve did not start: {type(error).__name__}: {condense(str(error))}") from None
 
 
 def _follow(config: ServeDeploySchema) -> None:
@@ -252,7 +259,7 @@ def _fail(reason: object) -> int:
 @contextmanager
 def _run_folder() -> Iterator[Path]:
     """A short-lived folder for HAProxy's files: by default they lie in one place of /tmp, for every user and server."""
-    folder = Path(tempfile.mkdtemp(prefix="mini-llm-"))
+    folder = Path(tempfile.mkdtemp(prefix="mini-llm-", dir="/tmp"))  # the path of a Unix socket has at most 107 bytes
     try:
         yield folder
     finally:

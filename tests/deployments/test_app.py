@@ -1,0 +1,193 @@
+"""The application on a real Ray cluster, started by the launcher, with a fake engine: HAProxy, both transports, failures.
+
+One cluster for the whole file. The fake engine makes a token per 20 ms and request, drawn by the request's seed.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks.server import ROOT, Server, configuration, serving
+
+pytestmark = pytest.mark.timeout(240)
+
+LAUNCHER = (sys.executable, "-m", "deployments.launch")
+PREFIX = {"llm": "", "twin": "/twin"}  # the application's name → its routes; llm: push, twin: handle
+both = pytest.mark.parametrize("app", list(PREFIX))
+
+
+def two_applications(config: dict) -> None:
+    twin = deepcopy(config["applications"][0])
+    twin.update(name="twin", route_prefix="/twin")
+    twin["args"]["transport"] = "handle"
+    config["applications"].append(twin)
+
+
+@pytest.fixture(scope="module")
+def server(smollm2_dir) -> Iterator[Server]:
+    args = {"model": str(smollm2_dir), "step_ms": 20, "fallback": None}
+    with serving(args, import_path="benchmarks.fake_engine:build", edit=two_applications, command=LAUNCHER) as running:
+        running.wait_until(lambda: "[serve] ready after" in running.log.read_text(), 60)
+        yield running
+
+
+def body(tokens: int, seed: int = 0) -> bytes:
+    return json.dumps({"prompt": "a", "max_tokens": tokens, "seed": seed, "stream": True, "ignore_eos": True}).encode()
+
+
+def stream(server: Server, app: str, tokens: int, seed: int = 0) -> Iterator[dict]:
+    """The SSE events of one streamed completion; {"done": True} for the end mark."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("POST", f"{PREFIX[app]}/v1/completions", body(tokens, seed), {"content-type": "application/json"})
+    answer = connection.getresponse()
+    assert answer.status == 200, answer.read()
+    for line in answer:
+        if line.startswith(b"data: "):
+            data = line[6:].strip()
+            yield {"done": True} if data == b"[DONE]" else json.loads(data)
+    connection.close()
+
+
+def text(events: list[dict]) -> str:
+    return "".join(choice["text"] for event in events for choice in event.get("choices", []))
+
+
+def test_the_launcher_says_what_it_does_and_where_to_go(server):
+    log = server.log.read_text()
+    for line in ("configuration", "ports", "weights", "[serve] starting Ray", "[serve] llm/Model: healthy (1 running)",
+                 "Model | I model SmolLM2-135M-Instruct ready in", "[serve] ready after", f"API         {server.url}/v1",
+                 "dashboard   http://127.0.0.1:", "ray get-auth-token"):  # fmt: skip
+        assert line in log, line
+
+
+def test_both_transports_stream_the_same_text_token_by_token(server):
+    push, handle = (list(stream(server, app, 12, seed=3)) for app in PREFIX)
+    for events in (push, handle):
+        assert events[-1] == {"done": True} and events[-2]["choices"][0]["finish_reason"] == "length"
+        assert len(events) >= 8, "the answer came in a few pieces"
+    assert text(push) == text(handle) != ""
+
+
+@both
+def test_many_streams_at_once_are_kept_apart(server, app):
+    alone = text(list(stream(server, app, 10, seed=5)))
+    answers: dict[int, str] = {}
+    threads = [
+        threading.Thread(target=lambda i=i: answers.update({i: text(list(stream(server, app, 10, seed=i % 8)))}))
+        for i in range(40)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answers) == 40 and len(set(answers.values())) == 8
+    assert {answers[i] for i in range(40) if i % 8 == 5} == {alone}
+
+
+_WATCH = """
+import json, sys, time
+import ray
+from ray import serve
+ray.init(address=sys.argv[1], namespace="serve", log_to_driver=False, configure_logging=False)
+models = [serve.get_deployment_handle("Model", app) for app in ("llm", "twin")]
+while True:
+    asked = time.time()
+    running = [model.stats.remote().result().running for model in models]
+    print(json.dumps([asked, time.time(), *running]), flush=True)
+"""
+
+
+def test_a_client_that_leaves_is_noticed_by_the_engine_in_under_50_ms(server):
+    watcher = server.watch(_WATCH)
+    try:
+        readings = iter(lambda: json.loads(watcher.stdout.readline()), None)
+        for column, app in enumerate(PREFIX, 2):
+            delays, polls = [], []
+            for _ in range(5):
+                connection = socket.create_connection(("127.0.0.1", server.port), 30)
+                request = body(5000)
+                head = f"POST {PREFIX[app]}/v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+                connection.sendall(f"{head}content-length: {len(request)}\r\n\r\n".encode() + request)
+                while b'"text":' not in connection.recv(65536):
+                    pass
+                assert next(reading for reading in readings if reading[column] == 1)
+                left = time.time()
+                connection.close()
+                asked, answered = next(r[:2] for r in readings if r[0] > left and r[column] == 0)
+                delays.append(answered - left)
+                polls.append(answered - asked)
+            # what a reading takes is not the server's delay; the median, because other processes share the cores
+            assert statistics.median(delays) < 0.05 + statistics.median(polls), (app, delays, polls)
+    finally:
+        watcher.kill()
+        watcher.communicate()
+
+
+@both
+def test_a_killed_replica_gives_its_clients_an_error_event_and_comes_back(server, app):
+    (victim,) = server.pids(f"ray::ServeReplica:{app}:Model")
+    events = stream(server, app, 5000)
+    for _ in range(3):
+        assert "error" not in next(events)
+    killed = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    (error,) = [event["error"] for event in events if "error" in event]
+    assert error["code"] == "replica_lost" and time.monotonic() - killed < 5
+
+    def back() -> bool:
+        replaced = server.pids(f"ray::ServeReplica:{app}:Model") not in ([], [victim])
+        return replaced and server.get(f"{PREFIX[app]}/ready")[0] == 200
+
+    server.wait_until(back, 60)
+    assert list(stream(server, app, 5))[-1] == {"done": True}
+
+
+def test_terminate_stops_everything_in_under_10_s_even_with_open_streams(server):
+    """Last of the cluster: it ends the server."""
+    open_streams = [stream(server, app, 5000) for app in PREFIX for _ in range(3)]
+    for events in open_streams:
+        next(events)
+    began = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    server.process.wait(30)
+    assert time.monotonic() - began < 10
+    assert server.process.returncode == 0
+    server.wait_until(lambda: not server.pids(), 5)
+
+
+@pytest.fixture
+def short_dir() -> Iterator[Path]:
+    """Unlike tmp_path's, its name leaves room for Unix sockets, whose paths have at most 107 bytes."""
+    path = Path(tempfile.mkdtemp(prefix="mini-llm-"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def test_an_engine_that_cannot_start_ends_the_launcher_with_one_message(smollm2_dir, short_dir):
+    """`serve run` would wait for ever."""
+    config, _, _ = configuration(short_dir, {"model": str(smollm2_dir)}, "tests.deployments.broken_app:build")
+    (short_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    environment = {**os.environ, "RAY_ADDRESS": "local", "RAY_TMPDIR": str(short_dir), "RAY_USAGE_STATS_ENABLED": "0"}
+    done = subprocess.run([*LAUNCHER, str(short_dir / "config.yaml")], cwd=ROOT, env=environment, text=True, timeout=150,
+                          capture_output=True)  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("EngineDead: this engine never starts:\nset broken to false"), done.stderr[-3000:]
+    server = Server(done, 0, short_dir / "config.yaml", short_dir, 0)
+    server.wait_until(lambda: not server.pids(), 5)
