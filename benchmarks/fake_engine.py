@@ -8,6 +8,7 @@ For measuring and testing everything around the engine. Use it in place of deplo
 
 # No `from __future__ import annotations`: Serve reads the builder's annotation and wants the class, not its name.
 
+import json
 import queue
 import random
 import threading
@@ -37,9 +38,12 @@ class _Live:
 
 class FakeEngine:
     """Same methods as model_core.engine.engine.Engine. Tokens are drawn from `ids` by a generator seeded per request:
-    the same request gets the same tokens. Times of aborts are kept for tests; `step_s` may be changed while it runs."""
+    the same request gets the same tokens. Times of aborts are kept for tests. trace: a file for what a benchmark must know
+    to tell how long tokens travel: a line [time.time() of the step, seeds of the requests whose first token it made]."""
 
-    def __init__(self, ids: list[int], *, step_s: float, max_seqs: int = 512, name: str = "fake") -> None:
+    def __init__(
+        self, ids: list[int], *, step_s: float, max_seqs: int = 512, name: str = "fake", trace: str | None = None
+    ) -> None:
         self.info = EngineInfo(name, "disk", "llama", 1, "float32", "cpu", CONTEXT, CONTEXT * max_seqs, max_seqs,
                                max(ids) + 1, ())  # fmt: skip
         self.stage = "not started"
@@ -51,6 +55,8 @@ class FakeEngine:
         self._inbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
         self._live: dict[str, _Live] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._trace = open(trace, "w", buffering=1) if trace else None  # noqa: SIM115  (lives as long as the process)
+        self._begun: list[int | None] = []
         self._steps = self._tokens = self._prompt_tokens = 0
         self._progress_at = time.monotonic()
         self._on_step: Callable[[list[TokenEvent]], None] = lambda events: None
@@ -104,6 +110,9 @@ class FakeEngine:
                 self._steps += 1
                 self._tokens += len(events)
                 self._progress_at = time.monotonic()
+                if events and self._trace:
+                    self._trace.write(json.dumps([time.time(), self._begun]) + "\n")
+                    self._begun = []
                 if events:
                     self._on_step(events)
         except BaseException as error:
@@ -147,6 +156,7 @@ class FakeEngine:
         seed = item.params.seed if item.params.seed is not None else len(item.prompt_ids)
         self._live[item.request_id] = _Live(item, item.params.max_tokens, random.Random(seed))
         self._prompt_tokens += len(item.prompt_ids)
+        self._begun.append(item.params.seed)
 
     def _token(self, live: _Live) -> TokenEvent:
         key, params = live.request.request_id, live.request.params
@@ -166,18 +176,22 @@ class FakeArgs(AppArgs):
 
     step_ms: float = Field(default=20.0, gt=0, description="Milliseconds per step.")
     fake_seqs: int = Field(default=512, ge=1, description="Sequences at once.")
+    letters: int | None = Field(default=None, ge=1, description="Only tokens of that many letters; null: any.")
+    trace: str | None = Field(default=None, description="File for the times of the steps.")
 
 
-def load_fake(spec: ReplicaSpec, step_s: float, max_seqs: int) -> EngineLike:
+def load_fake(spec: ReplicaSpec, args: FakeArgs) -> EngineLike:
     from model_core.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(Path(spec.local.path))
     ids = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.special_ids]
-    return FakeEngine(ids, step_s=step_s, max_seqs=max_seqs, name=spec.name)
+    if args.letters:
+        ids = [i for i in ids if len(tokenizer.token_bytes(i)) == args.letters and tokenizer.token_bytes(i).isalpha()]
+    return FakeEngine(ids, step_s=args.step_ms / 1e3, max_seqs=args.fake_seqs, name=spec.name, trace=args.trace)
 
 
 def build(args: FakeArgs) -> Any:
     """The real application around the fake engine."""
     from deployments.app import compose
 
-    return compose(args, partial(load_fake, step_s=args.step_ms / 1e3, max_seqs=args.fake_seqs))
+    return compose(args, partial(load_fake, args=args))
