@@ -13,7 +13,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,8 +32,8 @@ CONTEXT = 8192
 @dataclass
 class _Live:
     request: Request
+    tokens: Iterator[int]
     left: int
-    dice: random.Random
 
 
 class FakeEngine:
@@ -110,7 +110,7 @@ class FakeEngine:
                 self._steps += 1
                 self._tokens += len(events)
                 self._progress_at = time.monotonic()
-                if events and self._trace:
+                if self._trace:
                     self._trace.write(json.dumps([time.time(), self._begun]) + "\n")
                     self._begun = []
                 if events:
@@ -154,13 +154,16 @@ class FakeEngine:
         if not self._live:
             self._progress_at = time.monotonic()
         seed = item.params.seed if item.params.seed is not None else len(item.prompt_ids)
-        self._live[item.request_id] = _Live(item, item.params.max_tokens, random.Random(seed))
+        count = item.params.max_tokens
+        # drawn at once: a draw per token would be half of what this process spends on it
+        self._live[item.request_id] = _Live(item, iter(random.Random(seed).choices(self._ids, k=count)), count)
         self._prompt_tokens += len(item.prompt_ids)
-        self._begun.append(item.params.seed)
+        if self._trace:
+            self._begun.append(item.params.seed)
 
     def _token(self, live: _Live) -> TokenEvent:
         key, params = live.request.request_id, live.request.params
-        token = self._ids[int(live.dice.random() * len(self._ids))]
+        token = next(live.tokens)
         live.left -= 1
         logprobs = None
         if params.logprobs is not None:

@@ -130,7 +130,8 @@ def serving(
         process = subprocess.Popen(
             [*command, path], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
             start_new_session=True, env={
-                **os.environ, "RAY_ADDRESS": "local", "RAY_TMPDIR": str(directory), "RAY_USAGE_STATS_ENABLED": "0",
+                **os.environ, "TRITON_INTERPRET": "0",
+                "RAY_ADDRESS": "local", "RAY_TMPDIR": str(directory), "RAY_USAGE_STATS_ENABLED": "0",
                 "HF_ENDPOINT": f"http://127.0.0.1:{nowhere}",  # nothing listens there: no hub, on any machine
                 **(environment or {}),
             },

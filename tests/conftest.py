@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # before anything imports triton: its kernels then run on CPU tensors, in Python
+    os.environ["TRITON_INTERPRET"] = "1"
 
 _WEIGHT_DIR = Path(__file__).resolve().parents[1] / "weight"
 

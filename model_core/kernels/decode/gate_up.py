@@ -1,0 +1,89 @@
+"""Decode kernel 4 of a layer: RMSNorm, gate and up projections, silu(gate) * up; one launch.
+
+A program owns rows n of the gate and the same rows of the up projection, so the product never leaves its registers.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from model_core.kernels.decode.products import RowTiles, dot_rows, follow, launch_options, load_rows, load_x
+from model_core.kernels.decode.tiles import TensorTiles, TileSpace, add_splits, columns, tile_product
+from model_core.kernels.runtime import cdiv, jit, tl
+
+
+@jit
+def _kernel(
+    x_ptr, gain_ptr, w_ptr, out_ptr, eps,
+    M: tl.constexpr, INNER: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, CHUNKS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * R + tl.arange(0, R)
+    gate_w = load_rows(w_ptr, n, K, BK, CHUNKS)
+    up_w = load_rows(w_ptr, n + INNER, K, BK, CHUNKS)
+    follow(PDL)
+    for m in tl.static_range(M):
+        x, factor = load_x(x_ptr + m * K, gain_ptr, K, BK, CHUNKS, True, eps)
+        gate = dot_rows(gate_w, x, CHUNKS) * factor
+        up = dot_rows(up_w, x, CHUNKS) * factor
+        tl.store(out_ptr + m * INNER + n, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty))
+
+
+@jit
+def _tile_kernel(
+    x_ptr, gain_ptr, w_ptr, out_ptr, part_ptr, arrived_ptr, eps,
+    M: tl.constexpr, BM: tl.constexpr, INNER: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    tile, split = tl.program_id(0), tl.program_id(1)
+    n = tile * R + tl.arange(0, R)
+    follow(PDL)
+    m = tl.arange(0, BM)
+    present = m < M
+    gate, up, squares = tile_product(x_ptr, m, present, w_ptr, n, n + INNER, gain_ptr, split, K, BM, R, BK, SPLITS, True, True,
+                                     STAGES)  # fmt: skip
+    gate, up, squares, last = add_splits(gate, up, squares, part_ptr, arrived_ptr, tile, split, BM, R, SPLITS, True, True)
+    if last:
+        factor = tl.rsqrt(squares / K + eps)[None, :]
+        gate *= factor
+        up *= factor
+        out = (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + m[None, :] * INNER + n[:, None], out, mask=present[None, :])
+
+
+def gate_up(
+    x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, eps: float,
+    tiles: RowTiles | TensorTiles, pdl: bool, space: TileSpace | None = None,
+) -> None:  # fmt: skip
+    """out [M, I] = silu(norm(x) @ gate.T) * (norm(x) @ up.T); weight [2 I, K] holds gate, then up. tiles.rows counts
+    rows of both."""
+    inner, size = weight.shape[0] // 2, weight.shape[1]
+    each = tiles.rows // 2 if isinstance(tiles, RowTiles) else tiles.rows
+    assert inner % each == 0 and weight.is_contiguous() and x.is_contiguous() and out.is_contiguous()
+    shape = dict(M=out.shape[0], INNER=inner, K=size, R=each, BK=tiles.chunk, PDL=pdl, num_warps=tiles.warps,
+                 **launch_options(pdl))  # fmt: skip
+    if isinstance(tiles, RowTiles):
+        _kernel[(inner // each,)](x, gain, weight, out, eps, CHUNKS=cdiv(size, tiles.chunk), **shape)
+    else:
+        assert space is not None
+        _tile_kernel[(inner // each, tiles.splits)](
+            x, gain, weight, out, space.part, space.arrived, eps, BM=columns(out.shape[0]), SPLITS=tiles.splits,
+            STAGES=tiles.stages, **shape)  # fmt: skip
+
+
+def gate_up_torch(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, eps: float) -> None:
+    """Reference, in float32."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * gain.float()
+    gate, up = (normed @ weight.float().T).chunk(2, -1)
+    out.copy_(F.silu(gate) * up)
+
+
+def bytes_moved(rows: int, inner: int, in_features: int, element_size: int) -> int:
+    """The weight once; x read and the result written per row."""
+    return element_size * (2 * inner * in_features + rows * (in_features + inner))
+
+
+def flops(rows: int, inner: int, in_features: int) -> int:
+    return 4 * rows * inner * in_features

@@ -1,0 +1,70 @@
+"""The end of a decode step, first half: final RMSNorm and the vocabulary projection."""
+
+from __future__ import annotations
+
+import torch
+
+from model_core.kernels.decode.products import RowTiles, dot_rows, follow, launch_options, load_rows, load_x
+from model_core.kernels.decode.tiles import TensorTiles, columns, tile_product
+from model_core.kernels.runtime import cdiv, jit, tl
+
+
+@jit
+def _kernel(
+    x_ptr, gain_ptr, w_ptr, out_ptr, eps,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, CHUNKS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * R + tl.arange(0, R)
+    w = load_rows(w_ptr, n, K, BK, CHUNKS)
+    follow(PDL)
+    for m in tl.static_range(M):
+        x, factor = load_x(x_ptr + m * K, gain_ptr, K, BK, CHUNKS, True, eps)
+        tl.store(out_ptr + m * N + n, dot_rows(w, x, CHUNKS) * factor)
+
+
+@jit
+def _tile_kernel(
+    x_ptr, gain_ptr, w_ptr, out_ptr, eps,
+    M: tl.constexpr, BM: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * R + tl.arange(0, R)
+    follow(PDL)
+    m = tl.arange(0, BM)
+    present = m < M
+    acc, _, squares = tile_product(x_ptr, m, present, w_ptr, n, n, gain_ptr, 0, K, BM, R, BK, 1, True, False, STAGES)
+    acc *= tl.rsqrt(squares / K + eps)[None, :]
+    tl.store(out_ptr + m.to(tl.int64)[None, :] * N + n[:, None], acc, mask=present[None, :])
+
+
+def head(
+    x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, *, eps: float,
+    tiles: RowTiles | TensorTiles, pdl: bool,
+) -> None:  # fmt: skip
+    """logits float32 [M, vocab] = norm(x [M, K]) @ weight [vocab, K].T"""
+    size, width = weight.shape
+    assert size % tiles.rows == 0 and weight.is_contiguous() and x.is_contiguous() and logits.is_contiguous()
+    shape = dict(M=logits.shape[0], N=size, K=width, R=tiles.rows, BK=tiles.chunk, PDL=pdl, num_warps=tiles.warps,
+                 **launch_options(pdl))  # fmt: skip
+    grid = (size // tiles.rows,)
+    if isinstance(tiles, RowTiles):
+        _kernel[grid](x, gain, weight, logits, eps, CHUNKS=cdiv(width, tiles.chunk), **shape)
+    else:
+        assert tiles.splits == 1
+        _tile_kernel[grid](x, gain, weight, logits, eps, BM=columns(logits.shape[0]), STAGES=tiles.stages, **shape)
+
+
+def head_torch(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, *, eps: float) -> None:
+    """Reference, in float32."""
+    wide = x.float()
+    logits.copy_(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * gain.float() @ weight.float().T)
+
+
+def bytes_moved(rows: int, vocab: int, in_features: int, element_size: int) -> int:
+    """The weight once; x read and float32 logits written per row."""
+    return element_size * (vocab * in_features + rows * in_features) + 4 * rows * vocab
+
+
+def flops(rows: int, vocab: int, in_features: int) -> int:
+    return 2 * rows * vocab * in_features

@@ -1,0 +1,166 @@
+"""Decode kernel 1 of a layer: RMSNorm, QKV projection, rotary embedding, write of K and V to their page; one launch.
+
+A program owns PAIRS rotation pairs (rows i and i + D/2 of one head, the half-split convention of Hugging Face's Llama),
+so both halves of a rotation are in its registers. In the first layer x is a row of the embedding, read in place.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from model_core.kernels.decode.products import RowTiles, dot_rows, follow, launch_options, load_rows, load_x
+from model_core.kernels.decode.state import DecodeState
+from model_core.kernels.decode.tiles import TensorTiles, TileSpace, add_splits, columns, tile_product
+from model_core.kernels.runtime import cdiv, jit, tl
+
+
+@jit
+def _kernel(
+    x_ptr, gain_ptr, w_ptr, bias_ptr, cos_sin_ptr, rows_ptr, token_ptr, position_ptr, table_ptr, q_ptr, k_ptr, v_ptr,
+    eps, table_row, k_page, k_slot, k_head, v_page, v_slot, v_head,
+    M: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    PAIRS: tl.constexpr, BK: tl.constexpr, CHUNKS: tl.constexpr, PAGE: tl.constexpr, EMBED: tl.constexpr,
+    BIAS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = D // 2
+    pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
+    head = tl.program_id(0) * PAIRS // HALF  # PAIRS divides HALF: a program stays inside one head
+    d = pair % HALF
+    first = head * D + d
+    low = load_rows(w_ptr, first, K, BK, CHUNKS)
+    high = load_rows(w_ptr, first + HALF, K, BK, CHUNKS)
+    follow(PDL)
+    for m in tl.static_range(M):
+        slot = tl.load(rows_ptr + m)
+        x_row = tl.load(token_ptr + slot) if EMBED else m
+        x, factor = load_x(x_ptr + x_row * K, gain_ptr, K, BK, CHUNKS, True, eps)
+        a = dot_rows(low, x, CHUNKS) * factor
+        b = dot_rows(high, x, CHUNKS) * factor
+        if BIAS:
+            a += tl.load(bias_ptr + first).to(tl.float32)
+            b += tl.load(bias_ptr + first + HALF).to(tl.float32)
+        _finish(a, b, m, d, head, slot, True, cos_sin_ptr, position_ptr, table_ptr, q_ptr, k_ptr, v_ptr, table_row,
+                k_page, k_slot, k_head, v_page, v_slot, v_head, D, HEADS, KV_HEADS, PAGE)  # fmt: skip
+
+
+@jit
+def _tile_kernel(
+    x_ptr, gain_ptr, w_ptr, bias_ptr, cos_sin_ptr, rows_ptr, token_ptr, position_ptr, table_ptr, q_ptr, k_ptr, v_ptr,
+    part_ptr, arrived_ptr, eps, table_row, k_page, k_slot, k_head, v_page, v_slot, v_head,
+    M: tl.constexpr, BM: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    PAIRS: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, PAGE: tl.constexpr,
+    EMBED: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = D // 2
+    tile, split = tl.program_id(0), tl.program_id(1)
+    pair = tile * PAIRS + tl.arange(0, PAIRS)
+    head = tile * PAIRS // HALF
+    d = pair % HALF
+    first = head * D + d
+    follow(PDL)
+    m = tl.arange(0, BM)
+    present = m < M
+    slot = tl.load(rows_ptr + m, mask=present, other=0)
+    x_row = tl.load(token_ptr + slot, mask=present, other=0) if EMBED else m
+    a, b, squares = tile_product(x_ptr, x_row, present, w_ptr, first, first + HALF, gain_ptr, split, K, BM, PAIRS, BK, SPLITS,
+                                 True, True, STAGES)  # fmt: skip
+    a, b, squares, last = add_splits(a, b, squares, part_ptr, arrived_ptr, tile, split, BM, PAIRS, SPLITS, True, True)
+    if last:
+        factor = tl.rsqrt(squares / K + eps)[None, :]
+        a *= factor
+        b *= factor
+        if BIAS:
+            a += tl.load(bias_ptr + first).to(tl.float32)[:, None]
+            b += tl.load(bias_ptr + first + HALF).to(tl.float32)[:, None]
+        _finish(a, b, m[None, :], d[:, None], head, slot[None, :], present[None, :], cos_sin_ptr, position_ptr, table_ptr,
+                q_ptr, k_ptr, v_ptr, table_row, k_page, k_slot, k_head, v_page, v_slot, v_head, D, HEADS, KV_HEADS,
+                PAGE)  # fmt: skip
+
+
+@jit
+def _finish(
+    a, b, m, d, head, slot, present, cos_sin_ptr, position_ptr, table_ptr, q_ptr, k_ptr, v_ptr, table_row,
+    k_page, k_slot, k_head, v_page, v_slot, v_head,
+    D: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Rotate the pairs (a, b) of `head` and store them; m, d, slot and present broadcast to their shape."""
+    HALF: tl.constexpr = D // 2
+    position = tl.load(position_ptr + slot, mask=present, other=0)
+    page = tl.load(table_ptr + slot * table_row + position // PAGE, mask=present, other=0).to(tl.int64)
+    if head < HEADS + KV_HEADS:
+        cos = tl.load(cos_sin_ptr + position * D + d)
+        sin = tl.load(cos_sin_ptr + position * D + HALF + d)
+        rotated = a * cos - b * sin
+        b = b * cos + a * sin
+        a = rotated
+    if head < HEADS:
+        at = q_ptr + (m * HEADS + head) * D + d
+    elif head < HEADS + KV_HEADS:
+        at = k_ptr + page * k_page + (position % PAGE) * k_slot + (head - HEADS) * k_head + d
+    else:
+        at = v_ptr + page * v_page + (position % PAGE) * v_slot + (head - HEADS - KV_HEADS) * v_head + d
+    # a dump slot's rows all write the same place; nobody reads it
+    tl.store(at, a.to(q_ptr.dtype.element_ty), mask=present)
+    tl.store(at + HALF, b.to(q_ptr.dtype.element_ty), mask=present)
+
+
+def qkv(
+    x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, cos_sin: torch.Tensor,
+    rows: torch.Tensor, state: DecodeState, k_cache: torch.Tensor, v_cache: torch.Tensor, q: torch.Tensor, *,
+    eps: float, tiles: RowTiles | TensorTiles, embed: bool, pdl: bool, space: TileSpace | None = None,
+) -> None:  # fmt: skip
+    """q [M, Hq, D] = rotated queries of rows `rows` (slots, int64 [M]); K and V go to their slot's page.
+
+    x [M, K], or with `embed` the embedding [vocab, K] indexed by the slots' last tokens. weight [(Hq + 2 Hkv) D, K],
+    cos_sin float32 [context, D], caches [pages, page_size, Hkv, D] of any strides with the last 1.
+    """
+    count, heads, dim = q.shape
+    kv_heads, page_size, size = k_cache.shape[2], k_cache.shape[1], weight.shape[1]
+    pairs = tiles.rows // 2 if isinstance(tiles, RowTiles) else tiles.rows
+    assert (dim // 2) % pairs == 0 and weight.is_contiguous() and x.is_contiguous() and q.is_contiguous()
+    programs = (heads + 2 * kv_heads) * dim // 2 // pairs
+    inputs = (x, gain, weight, weight if bias is None else bias, cos_sin, rows, state.last_token, state.position,
+              state.block_tables, q, k_cache, v_cache)  # fmt: skip
+    strides = (eps, state.block_tables.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3])
+    shape = dict(M=count, K=size, D=dim, HEADS=heads, KV_HEADS=kv_heads, PAIRS=pairs, BK=tiles.chunk, PAGE=page_size,
+                 EMBED=embed, BIAS=bias is not None, PDL=pdl, num_warps=tiles.warps, **launch_options(pdl))  # fmt: skip
+    if isinstance(tiles, RowTiles):
+        _kernel[(programs,)](*inputs, *strides, CHUNKS=cdiv(size, tiles.chunk), **shape)
+    else:
+        assert space is not None
+        _tile_kernel[(programs, tiles.splits)](
+            *inputs, space.part, space.arrived, *strides, BM=columns(count), SPLITS=tiles.splits, STAGES=tiles.stages, **shape
+        )
+
+
+def qkv_torch(
+    x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, cos_sin: torch.Tensor,
+    rows: torch.Tensor, state: DecodeState, k_cache: torch.Tensor, v_cache: torch.Tensor, q: torch.Tensor, *,
+    eps: float, embed: bool,
+) -> None:  # fmt: skip
+    """Reference, in float32."""
+    count, heads, dim = q.shape
+    kv_heads, page_size = k_cache.shape[2], k_cache.shape[1]
+    x = (x[state.last_token[rows]] if embed else x).float()
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain.float()
+    out = normed @ weight.float().T
+    if bias is not None:
+        out = out + bias.float()
+    out = out.view(count, heads + 2 * kv_heads, dim)
+    position = state.position[rows].long()
+    cos, sin = cos_sin[position].unsqueeze(1).chunk(2, -1)
+    low, high = out.chunk(2, -1)
+    rotated = torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
+    q.copy_(rotated[:, :heads])
+    page = state.block_tables[rows, position // page_size].long()
+    k_cache[page, position % page_size] = rotated[:, heads : heads + kv_heads].to(k_cache.dtype)
+    v_cache[page, position % page_size] = out[:, heads + kv_heads :].to(v_cache.dtype)
+
+
+def bytes_moved(rows: int, out_features: int, in_features: int, element_size: int) -> int:
+    """The weight once; x read and the result written per row."""
+    return element_size * (out_features * in_features + rows * (in_features + out_features))
+
+
+def flops(rows: int, out_features: int, in_features: int) -> int:
+    return 2 * rows * out_features * in_features

@@ -1,0 +1,120 @@
+"""The end of a decode step, second half: choose each row's token and advance its slot.
+
+Greedy rows take the largest logit, the lowest id among equals. Rows with a temperature take the argmax of
+logits / temperature + Gumbel noise, which samples the softmax; the noise is Philox 4x32-10 of (seed, position), the same
+numbers as engine/philox.py. SPLITS programs share a row; the last one to arrive picks among their candidates in order.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from model_core.engine.philox import uniform
+from model_core.kernels.decode.products import follow, launch_options
+from model_core.kernels.decode.state import DecodeState
+from model_core.kernels.runtime import cdiv, jit, tl
+
+_SPLITS = 16
+
+
+@jit
+def _kernel(
+    logits_ptr, best_ptr, where_ptr, arrived_ptr, rows_ptr, token_ptr, position_ptr, temperature_ptr, seed_ptr, out_ptr,
+    V: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr, NOISE: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    split, row = tl.program_id(0), tl.program_id(1)
+    follow(PDL)
+    slot = tl.load(rows_ptr + row)
+    position = tl.load(position_ptr + slot)
+    temperature = tl.load(temperature_ptr + slot)
+    seed = tl.load(seed_ptr + slot)
+    scale = tl.where(temperature > 0, 1.0 / temperature, 1.0)
+    quad = tl.arange(0, BLOCK)
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    where = tl.full([BLOCK], V, tl.int32)
+    broken = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, SHARE, BLOCK):
+        c = (split * SHARE + start + quad).to(tl.uint32)  # Philox counter: four logits each
+        if NOISE:
+            zero = c * 0
+            words = tl.philox(seed, c, zero, zero + (position + 1).to(tl.uint32), zero)
+        for lane in tl.static_range(4):
+            j = c.to(tl.int32) * 4 + lane
+            inside = (start + quad < SHARE) & (j < V)
+            x = tl.load(logits_ptr + row.to(tl.int64) * V + j, mask=inside, other=float("-inf"))
+            broken |= (inside & ((x != x) | (x == float("inf")) | (x == float("-inf")))).to(tl.int32)
+            if NOISE:
+                u = ((words[lane] >> 9).to(tl.float32) + 0.5) * (1.0 / (1 << 23))
+                x = tl.where(temperature > 0, x * scale - tl.log(-tl.log(u)), x)
+            better = (x > best) | ((x == best) & (j < where))
+            best = tl.where(better, x, best)
+            where = tl.where(better, j, where)
+    top = tl.max(best, axis=0)
+    index = tl.min(tl.where(best == top, where, V), axis=0)
+    top = tl.where(tl.max(broken, axis=0) > 0, float("nan"), top)
+    tl.store(best_ptr + row * SPLITS + split, top)
+    tl.store(where_ptr + row * SPLITS + split, index)
+    tl.debug_barrier()
+    if tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel") == SPLITS - 1:
+        s = tl.arange(0, SPLITS)
+        tops = tl.load(best_ptr + row * SPLITS + s, cache_modifier=".cg")
+        indices = tl.load(where_ptr + row * SPLITS + s, cache_modifier=".cg")
+        bad = tl.max((tops != tops).to(tl.int32), axis=0) > 0
+        top = tl.max(tops, axis=0)
+        token = tl.min(tl.where(tops == top, indices, V), axis=0).to(tl.int64)
+        token = tl.where(bad, 0, token)
+        tl.store(token_ptr + slot, token)
+        tl.store(position_ptr + slot, position + 1)
+        tl.store(out_ptr + row, tl.where(bad, -1, token))
+        tl.store(arrived_ptr + row, 0)
+
+
+class SampleSpace:
+    """Workspace for `rows` rows; `arrived` is zero between launches."""
+
+    def __init__(self, rows: int, device: torch.device | str) -> None:
+        self.best = torch.empty((rows, _SPLITS), dtype=torch.float32, device=device)
+        self.where = torch.empty((rows, _SPLITS), dtype=torch.int32, device=device)
+        self.arrived = torch.zeros(rows, dtype=torch.int32, device=device)
+
+
+def sample(
+    logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, out: torch.Tensor, space: SampleSpace, *, noise: bool,
+    pdl: bool,
+) -> None:  # fmt: skip
+    """out int64 [M] = the tokens of logits float32 [M, vocab], -1 where they were not finite; the slots' last_token and
+    position advance. `noise` False promises that every row is greedy."""
+    count, vocab = logits.shape
+    share = cdiv(cdiv(vocab, 4), _SPLITS)
+    _kernel[(_SPLITS, count)](
+        logits, space.best, space.where, space.arrived, rows, state.last_token, state.position, state.temperature,
+        state.seed, out, V=vocab, SPLITS=_SPLITS, SHARE=share, BLOCK=256, NOISE=noise, PDL=pdl, num_warps=4,
+        **launch_options(pdl))  # fmt: skip
+
+
+def sample_torch(
+    logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, out: torch.Tensor, *, noise: bool
+) -> None:
+    """Reference."""
+    finite = torch.isfinite(logits).all(-1)
+    temperature = state.temperature[rows, None]
+    chosen = logits
+    if noise:
+        u = uniform(state.seed[rows], state.position[rows].long() + 1, logits.shape[1])
+        drawn = logits / torch.where(temperature > 0, temperature, 1.0) - (-u.log()).log()
+        chosen = torch.where(temperature > 0, drawn, logits)
+    tokens = chosen.argmax(-1)
+    out.copy_(torch.where(finite, tokens, -1))
+    state.last_token[rows] = torch.where(finite, tokens, 0)
+    state.position[rows] += 1
+
+
+def bytes_moved(rows: int, vocab: int) -> int:
+    """The logits once."""
+    return 4 * rows * vocab
+
+
+def flops(rows: int, vocab: int, *, noise: bool) -> int:
+    """A comparison per logit; about 60 integer operations and two logarithms for the noise of one."""
+    return rows * vocab * (62 if noise else 1)

@@ -1,0 +1,148 @@
+"""The fused decode kernels, in rows and in tensor-core tiles, against their float32 references."""
+
+import copy
+
+import pytest
+import torch
+
+from model_core.kernels.decode.attention import SplitSpace, SplitTiles, attention, attention_torch
+from model_core.kernels.decode.gate_up import gate_up, gate_up_torch
+from model_core.kernels.decode.head import head, head_torch
+from model_core.kernels.decode.products import RowTiles, chains_launches
+from model_core.kernels.decode.project import project, project_torch
+from model_core.kernels.decode.qkv import qkv, qkv_torch
+from model_core.kernels.decode.sample import SampleSpace, sample, sample_torch
+from model_core.kernels.decode.state import DecodeState
+from model_core.kernels.decode.tiles import TensorTiles, TileSpace
+
+GPU = torch.cuda.is_available()
+PAGE, VOCAB, CONTEXT, EPS = 16, 336, 512, 1e-5
+TILES = [RowTiles(4, 64, 4), TensorTiles(16, 32, 1, 4, 2), TensorTiles(16, 32, 2, 4, 2), TensorTiles(16, 64, 1, 4, 3)]
+IDS = ["rows", "tiles", "split tiles", "tiles with a tail"]
+
+
+class Case:
+    """Weights and state of one small layer; five slots, rows that point to three of them in disorder."""
+
+    def __init__(self, dtype, device, hidden=96, heads=4, kv_heads=2, dim=32, inner=64):
+        def random(*shape, scale=1.0):
+            return (torch.randn(shape, device=device) * scale).to(dtype)
+
+        self.heads, self.kv_heads, self.dim, self.hidden, self.inner = heads, kv_heads, dim, hidden, inner
+        self.pdl = chains_launches(torch.device(device))
+        self.state = state = DecodeState.empty(4, CONTEXT // PAGE, device)
+        state.position[:3] = torch.tensor([5, 31, 200])
+        state.last_token[:4] = torch.tensor([3, 300, 17, 99])
+        state.block_tables[:3] = (torch.randperm(3 * CONTEXT // PAGE) + 1).view(3, -1).int()
+        state.temperature[:3] = torch.tensor([0.0, 0.7, 1.3])
+        state.seed[:3] = torch.tensor([1, 2**62 + 12345, 7])
+        self.rows = torch.tensor([2, 0, 1], device=device)
+        self.embed, self.x = random(VOCAB, hidden), random(3, hidden)
+        self.gain = (torch.rand(hidden, device=device) + 0.5).to(dtype)
+        self.bias = random((heads + 2 * kv_heads) * dim)
+        self.w_qkv = random((heads + 2 * kv_heads) * dim, hidden, scale=hidden**-0.5)
+        self.w_o = random(hidden, heads * dim, scale=(heads * dim) ** -0.5)
+        self.w_gate_up = random(2 * inner, hidden, scale=hidden**-0.5)
+        self.w_head = random(VOCAB, hidden, scale=hidden**-0.5)
+        angles = torch.rand(CONTEXT, dim // 2, device=device) * 6
+        self.cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
+        self.k, self.v = (torch.full((100, PAGE, kv_heads, dim), float("nan"), dtype=dtype, device=device) for _ in range(2))
+        for slot in range(3):
+            n = torch.arange(int(state.position[slot]) + 1, device=device)
+            page = state.block_tables[slot, n // PAGE].long()
+            for cache in (self.k, self.v):
+                cache[page, n % PAGE] = random(len(n), kv_heads, dim)
+        self.q = random(3, heads, dim)
+        self.space = TileSpace(200_000, 1000, device)
+
+
+@pytest.fixture
+def case(device, dtype):
+    return Case(dtype, device)
+
+
+def bound(dtype):
+    """Roundings allowed: of x times the norm's gain, of the result, and of sums of about a hundred terms."""
+    return 24 if dtype == torch.float32 else 4
+
+
+@pytest.mark.parametrize("tiles", TILES, ids=IDS)
+@pytest.mark.parametrize("embed", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_qkv(case, dtype, close, tiles, embed, bias):
+    q, expected = torch.empty_like(case.q), torch.empty_like(case.q, dtype=torch.float32)
+    caches, wanted = (case.k.clone(), case.v.clone()), (case.k.float(), case.v.float())
+    inputs = (case.embed if embed else case.x, case.gain, case.w_qkv, case.bias if bias else None, case.cos_sin, case.rows)
+    qkv(*inputs, case.state, *caches, q, eps=EPS, tiles=tiles, embed=embed, pdl=case.pdl, space=case.space)
+    qkv_torch(*inputs, case.state, *wanted, expected, eps=EPS, embed=embed)
+    close(q, expected, bound(dtype))
+    for cache, want in zip(caches, wanted, strict=True):
+        written = ~torch.isnan(want)
+        assert torch.equal(torch.isnan(cache), ~written)
+        close(cache[written], want[written], bound(dtype))
+    assert (case.space.arrived == 0).all()
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("tiles", [SplitTiles(64, 16, 4, 1), SplitTiles(32, 32, 2, 2)], ids=["64", "32"])
+@pytest.mark.parametrize("heads,kv_heads", [(4, 2), (3, 3), (8, 1)])
+def test_attention(device, dtype, close, window, tiles, heads, kv_heads):
+    case = Case(dtype, device, heads=heads, kv_heads=kv_heads)
+    space = SplitSpace.empty(3, heads, kv_heads, case.dim, 16, device)
+    out, expected = torch.empty_like(case.q), torch.empty_like(case.q, dtype=torch.float32)
+    inputs = (case.q, case.k, case.v)
+    for _ in range(2):  # the second finds the counters as the first left them
+        attention(*inputs, out, case.rows, case.state, space, scale=0.2, window=window, longest=256, tiles=tiles, pdl=case.pdl)
+        attention_torch(*inputs, expected, case.rows, case.state, scale=0.2, window=window)
+        close(out, expected, 60 if dtype == torch.float32 else 4, 1.0)
+        assert (space.arrived == 0).all()
+
+
+@pytest.mark.parametrize("tiles", TILES, ids=IDS)
+@pytest.mark.parametrize("embed", [False, True])
+def test_project(case, dtype, close, tiles, embed):
+    x = case.q.flatten(1)
+    out = torch.randn(3, case.hidden, device=x.device).to(dtype)
+    expected = torch.empty_like(out, dtype=torch.float32)
+    project_torch(x, case.w_o, case.embed if embed else out, expected, case.rows, case.state.last_token, embed=embed)
+    project(x, case.w_o, case.embed if embed else out, out, case.rows, case.state.last_token, tiles=tiles, embed=embed,
+            pdl=case.pdl, space=case.space)  # fmt: skip
+    close(out, expected, bound(dtype))
+
+
+@pytest.mark.parametrize("tiles", TILES, ids=IDS)
+def test_gate_up(case, dtype, close, tiles):
+    out = torch.empty(3, case.inner, dtype=dtype, device=case.x.device)
+    expected = torch.empty_like(out, dtype=torch.float32)
+    gate_up(case.x, case.gain, case.w_gate_up, out, eps=EPS, tiles=tiles, pdl=case.pdl, space=case.space)
+    gate_up_torch(case.x, case.gain, case.w_gate_up, expected, eps=EPS)
+    close(out, expected, bound(dtype))
+
+
+@pytest.mark.parametrize("tiles", [tiles for tiles in TILES if getattr(tiles, "splits", 1) == 1])
+def test_head(case, dtype, close, tiles):
+    logits = torch.empty(3, VOCAB, device=case.x.device)
+    expected = torch.empty_like(logits)
+    head(case.x, case.gain, case.w_head, logits, eps=EPS, tiles=tiles, pdl=case.pdl)
+    head_torch(case.x, case.gain, case.w_head, expected, eps=EPS)
+    assert (logits - expected).abs().max() <= bound(dtype) * torch.finfo(dtype).eps * expected.abs().max()
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_sample(device, noise):
+    case = Case(torch.float32, device)
+    logits = torch.randn(3, VOCAB, device=device) * 3
+    logits[1, 7] = logits[1, 200] = 50.0  # equals: the lowest id wins
+    states = [copy.deepcopy(case.state) for _ in range(2)]
+    outs = [torch.zeros(3, dtype=torch.int64, device=device) for _ in range(2)]
+    space = SampleSpace(3, device)
+    for broken in (False, True):
+        if broken:
+            logits[0, 5] = float("nan")
+        sample(logits, case.rows, states[0], outs[0], space, noise=noise, pdl=case.pdl)
+        sample_torch(logits, case.rows, states[1], outs[1], noise=noise)
+        assert torch.equal(*outs)
+        assert torch.equal(states[0].last_token, states[1].last_token)
+        assert torch.equal(states[0].position, states[1].position)
+        assert (space.arrived == 0).all()
+    assert outs[0][0] == -1 and outs[0][1] == 7
