@@ -168,7 +168,8 @@ def main() -> None:
     peak = copy_bandwidth()
     cases = [case for model in SHAPES for case in (*elementwise(model), *attention_cases(model))]
     rows: list[dict[str, Any]] = [{"op": "copy", "gb_s": round(peak / 1e9, 1)}]
-    print(f"copy bandwidth {peak / 1e12:.2f} TB/s\nop               model           size               Triton us  torch us      GB/s  error")
+    print(f"copy bandwidth {peak / 1e12:.2f} TB/s")
+    print("op               model           size               Triton us  torch us      GB/s  error")
     for number, case in enumerate(cases):
         rows.append(row := measure(case, peak))
         print("{op:16} {model:15} {size:18} {triton_us:10.2f}{torch_us:10.2f}{gb_s:10.0f}{error_eps:7.2f}".format(**row))
