@@ -53,8 +53,10 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     _catch_signals()
     try:
-        # in a process of its own, because on a GPU it makes a CUDA context of half a GiB to ask for free memory
-        if subprocess.run([sys.executable, "-m", "deployments.check", str(options.config)]).returncode:
+        # In a process of its own, because on a GPU it makes a CUDA context of half a GiB to ask for free memory; in a
+        # session of its own, because Ctrl-C is our business.
+        checking = [sys.executable, "-m", "deployments.check", str(options.config)]
+        if subprocess.run(checking, start_new_session=True).returncode:
             return 1
         with _run_folder() as folder, _environment(folder):
             return _serve(read_config(options.config))
