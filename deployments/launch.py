@@ -70,8 +70,10 @@ def _serve(config: ServeDeploySchema) -> int:
     began = time.monotonic()
     _say("starting Ray")
     import ray
-    from ray._private.ray_logging import global_worker_stdstream_dispatcher as worker_lines
+    from ray._private import worker
 
+    # Ray's own prints every line of every process, with colours and pids, and each failure of its tasks
+    worker.print_to_stdstream = print_worker_lines
     try:
         context = ray.init(namespace="serve", logging_level=logging.WARNING)
     except (OSError, RuntimeError, ValueError) as error:
@@ -79,8 +81,6 @@ def _serve(config: ServeDeploySchema) -> int:
     failure = None
     try:
         _catch_signals()  # again: Ray has put a handler of its own in the place of ours
-        worker_lines.remove_handler("ray_print_logs")  # Ray's own: every line of every process, with colours and pids
-        worker_lines.add_handler("mini_llm", print_worker_lines)
         _deploy(config)
         _follow(config)
         _wait_for_answer(config)
@@ -205,14 +205,17 @@ def _stop() -> None:
     ray.shutdown()
 
 
-def print_worker_lines(data: Mapping[str, Any]) -> None:
-    """Lines of one process of the cluster, as Ray hands them to its driver: ours as they are, Ray's own if they matter."""
+def print_worker_lines(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
+    """Lines of one process of the cluster, as Ray hands them to its driver: ours as they are, Ray's own if they matter.
+
+    ignore_prefix: whether the name of the process is to be left out.
+    """
     name = str(data.get("actor_name") or data.get("task_name") or data.get("pid"))
     ours = name.startswith(("ServeReplica:", "_ensure", "build_serve_application"))
     label = "weights" if name == "_ensure" else "build" if ours and ":" not in name else name.rpartition(":")[2]
     for line in data["lines"]:
         if ours or _TROUBLE.search(line):
-            print(f"{label} | {line}", flush=True)
+            print(line if ignore_prefix else f"{label} | {line}", flush=True)
 
 
 def _quietly(call: Any) -> None:
