@@ -67,12 +67,14 @@ def command() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with "+" if files differ from it; MINI_LLM_COMMIT where there is no repository."""
+    """MINI_LLM_COMMIT if that is set (for copies of a checkout), else the checkout's commit, with "+" if files differ."""
+    if given := os.environ.get("MINI_LLM_COMMIT"):
+        return given
     try:
         head = _run("git", "rev-parse", "--short", "HEAD")
         return head + ("+" if _run("git", "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("MINI_LLM_COMMIT", "unknown")
+        return "unknown"
 
 
 def _run(*argv: str) -> str:

@@ -113,7 +113,7 @@ def serving(
     *,
     import_path: str | None = None,
     edit: Callable[[dict[str, Any]], None] = lambda config: None,
-    command: Sequence[str] = (str(Path(sys.executable).with_name("serve")), "run"),
+    command: Sequence[str] = (sys.executable, "-m", "ray.serve.scripts", "run"),
 ) -> Iterator[Server]:
     """Serve with serve_config.yaml, `args` merged over its own; ready on entry, stopped on exit.
 
