@@ -52,7 +52,7 @@ def load_rows(w_ptr, row, K: tl.constexpr, BK: tl.constexpr, CHUNKS: tl.constexp
             tile = tl.load(at + chunk * BK, eviction_policy="evict_first")
         else:
             tile = tl.load(at + chunk * BK, mask=(chunk * BK + k < K)[None, :], other=0.0, eviction_policy="evict_first")
-        tiles = tiles + (tile,)
+        tiles = tiles + (tile,)  # type: ignore[assignment]
     return tiles
 
 
@@ -71,7 +71,7 @@ def load_x(x_ptr, gain_ptr, K: tl.constexpr, BK: tl.constexpr, CHUNKS: tl.conste
     The factor is applied to finished products: the reduction for it then hides behind theirs, and x is not rounded.
     """
     k = tl.arange(0, BK)
-    tiles: Any = ()
+    tiles = ()
     squares = tl.zeros([BK], tl.float32)
     for chunk in tl.static_range(CHUNKS):
         inside = chunk * BK + k < K
@@ -79,7 +79,7 @@ def load_x(x_ptr, gain_ptr, K: tl.constexpr, BK: tl.constexpr, CHUNKS: tl.conste
         if NORM:
             squares += x * x
             x = x * tl.load(gain_ptr + chunk * BK + k, mask=inside, other=0.0).to(tl.float32)
-        tiles = tiles + (x,)
+        tiles = tiles + (x,)  # type: ignore[assignment]
     factor = tl.rsqrt(tl.sum(squares, axis=0) / K + eps) if NORM else 1.0
     return tiles, factor
 
