@@ -2,8 +2,8 @@
 
     python -m benchmarks.disconnect [--streams 8] [--rounds 10]
 
-Everything is real: HAProxy, Api, the model replica, SmolLM2 decoding. A second process polls the replica's page counts
-through a Serve handle, so a figure includes up to one such poll (reported as poll_ms). Written to
+Everything is real: HAProxy, Api, the model replica, SmolLM2 decoding. A second process then polls the replica's page counts
+through a Serve handle, so a figure includes one such poll (reported as poll_ms). Written to
 benchmarks/results/<device>/disconnect.json.
 """
 
@@ -26,51 +26,62 @@ import ray
 from ray import serve
 ray.init(address=sys.argv[1], namespace="serve", log_to_driver=False)
 model = serve.get_deployment_handle("Model", "llm")
-while True:
-    asked = time.time()
-    stats = model.stats.remote().result()
-    used = stats.pages_total - stats.pages_free - stats.pages_cached
+print(json.dumps(vars(model.stats.remote().result())), flush=True)
+for line in sys.stdin:
+    while True:
+        asked = time.time()
+        stats = model.stats.remote().result()
+        used = stats.pages_total - stats.pages_free - stats.pages_cached
+        if line.strip() == "now" or used == stats.running == 0:
+            break
+        time.sleep(0.002)
     print(json.dumps([asked, time.time(), used, stats.running, stats.step_ms]), flush=True)
-    time.sleep(0.002)
 """
 
 
-def one_round(server: Server, readings: Watch, streams: int) -> tuple[float, float, float]:
-    """Milliseconds until the pages are free, of the poll that saw it, and of the last step before."""
-    sockets = [open_stream(server.port, index) for index in range(streams)]
-    while readings.next()[3] < streams:
-        pass
-    time.sleep(0.3)
-    step_ms = readings.newest()[4]
-    left = time.time()
-    for connection in sockets:
-        connection.close()
-    while True:
-        asked, answered, used, running, _ = readings.next()
-        if asked > left and used == running == 0:
-            return 1e3 * (answered - left), 1e3 * (answered - asked), step_ms
-
-
 class Watch:
-    """The readings of the polling process, one by one."""
+    """A process that reads the engine's page counts when asked; it asks nothing while streams run undisturbed."""
 
     def __init__(self, server: Server) -> None:
         self.process = server.watch(WATCH)
-        self.next()
+        self._read()
 
-    def next(self) -> list[float]:
-        assert self.process.stdout is not None
-        return json.loads(self.process.stdout.readline())
+    def now(self) -> tuple[float, float, int, int, float]:
+        """(asked at, answered at, pages used, sequences running, milliseconds of the last step)"""
+        return self._ask("now")
 
-    def newest(self) -> list[float]:
-        now = time.time()
-        while (reading := self.next())[1] < now:
-            pass
-        return reading
+    def until_free(self) -> tuple[float, float, int, int, float]:
+        """The first reading in which no page is used."""
+        return self._ask("free")
 
     def close(self) -> None:
         self.process.kill()
         self.process.communicate()
+
+    def _ask(self, what: str) -> tuple[float, float, int, int, float]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        asked, answered, used, running, step_ms = self._read()
+        return asked, answered, int(used), int(running), step_ms
+
+    def _read(self) -> list[float]:
+        assert self.process.stdout is not None
+        return json.loads(self.process.stdout.readline())
+
+
+def one_round(server: Server, watch: Watch, streams: int) -> tuple[float, float, float]:
+    """Milliseconds until the pages are free, of the poll that saw it, and of the last step before."""
+    sockets = [open_stream(server.port, index) for index in range(streams)]
+    time.sleep(0.5)
+    _, _, used, running, step_ms = watch.now()
+    assert used > 0 and running == streams
+    time.sleep(0.3)
+    left = time.time()
+    for connection in sockets:
+        connection.close()
+    asked, answered, *_ = watch.until_free()
+    return 1e3 * (answered - left), 1e3 * (answered - asked), step_ms
 
 
 def open_stream(port: int, index: int) -> socket.socket:
@@ -92,15 +103,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with serving({"weight_dir": str(ROOT / "weight")}) as server:
-        readings = Watch(server)
+        watch = Watch(server)
         rounds = []
         try:
             for number in range(options.rounds):
-                rounds.append(one_round(server, readings, options.streams))
+                rounds.append(one_round(server, watch, options.streams))
                 print("round {}: free after {:.1f} ms (poll {:.1f} ms, step {:.1f} ms)".format(number + 1, *rounds[-1]),
                       file=sys.stderr)  # fmt: skip
         finally:
-            readings.close()
+            watch.close()
     free, poll, step = ([row[column] for row in rounds] for column in range(3))
     print(f"pages free after {statistics.median(free):.1f} ms (median of {len(free)}, worst {max(free):.1f})")
     print(write_report("disconnect", [{

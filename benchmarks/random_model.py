@@ -2,7 +2,7 @@
 
     python -m benchmarks.random_model tinyllama-1.1b weight/random-tinyllama-1.1b
 
-Writes config.json, model.safetensors and a small sentencepiece tokenizer (ids beyond it have no text).
+Writes config.json, model.safetensors and a tokenizer in which every id has a text.
 """
 
 from __future__ import annotations
@@ -70,16 +70,16 @@ def write_model(shape: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16
 
 
 def _write_tokenizer(folder: Path, vocab_size: int) -> None:
-    import sentencepiece
+    """Byte-level BPE without merges: 256 bytes, and words that no text contains, so that every id has a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    text = Path(__file__).resolve().parents[1] / "README.md"
-    sentencepiece.SentencePieceTrainer.Train(
-        input=str(text), model_prefix=str(folder / "tokenizer"), model_type="bpe", byte_fallback=True,
-        vocab_size=min(vocab_size, 480), hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
-    (folder / "tokenizer.vocab").unlink(missing_ok=True)
-    settings = {"chat_template": _TEMPLATE, "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [f"\u0120w{number}" for number in range(vocab_size - len(symbols))]
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(symbols + words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": _TEMPLATE}, indent=1))
 
 
 def main() -> None:

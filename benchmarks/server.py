@@ -100,7 +100,8 @@ class Server:
         """Run Python code in a process of its own that may `ray.init(address=sys.argv[1])` into this cluster."""
         address = next(found[1] for line in self.daemons() if (found := re.search(r"--gcs-address=(\S+)", line)))
         environment = {**os.environ, "RAY_TMPDIR": str(self.ray_dir), "RAY_AUTH_MODE": "token"}
-        return subprocess.Popen([sys.executable, "-c", script, address], stdout=subprocess.PIPE, text=True, env=environment)
+        pipe = subprocess.PIPE
+        return subprocess.Popen([sys.executable, "-c", script, address], stdin=pipe, stdout=pipe, text=True, env=environment)
 
     def tail(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-60:])
