@@ -39,7 +39,8 @@ class _Live:
 class FakeEngine:
     """Same methods as model_core.engine.engine.Engine. Tokens are drawn from `ids` by a generator seeded per request:
     the same request gets the same tokens. Times of aborts are kept for tests. trace: a file for what a benchmark must know
-    to tell how long tokens travel: a line [time.time() of the step, seeds of the requests whose first token it made]."""
+    to tell how long tokens travel: per step a line [time.time(), seeds of the requests whose first token it made, CPU seconds
+    of the engine's thread so far]."""
 
     def __init__(
         self, ids: list[int], *, step_s: float, max_seqs: int = 512, name: str = "fake", trace: str | None = None
@@ -111,7 +112,7 @@ class FakeEngine:
                 self._tokens += len(events)
                 self._progress_at = time.monotonic()
                 if self._trace:
-                    self._trace.write(json.dumps([time.time(), self._begun]) + "\n")
+                    self._trace.write(json.dumps([time.time(), self._begun, time.thread_time()]) + "\n")
                     self._begun = []
                 if events:
                     self._on_step(events)

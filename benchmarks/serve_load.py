@@ -9,7 +9,8 @@ at once. Figures are the medians of the rounds.
 
 tok_s      tokens / time from the first connection to the last token: at 200 streams 10,000 are made per second
 delay_ms   from the step that made a token to the arrival of its event at the client, on one clock
-cpu_us     CPU time (user and system, from the scheduler's counters) per token and process, idle load subtracted
+cpu_us     CPU time (user and system, from the scheduler's counters) per token and process, idle load subtracted;
+           engine_thread is the part of engine that the fake engine itself takes
 Written to benchmarks/results/<device>/serve_load.json.
 """
 
@@ -132,6 +133,7 @@ def one_round(server: Server, trace: Path, streams: int, tokens: int) -> dict[st
         "delay_ms_p50": 1e3 * statistics.median(delays),
         "delay_ms_p99": 1e3 * delays[int(0.99 * len(delays))],
         **{f"cpu_us_{name}": value for name, value in used.items()},
+        "cpu_us_engine_thread": 1e6 * (steps[-1][2] - steps[0][2]) / total,
         "cpu_us_server": sum(used.values()),
         "cpu_us_client": 1e6 * answer["cpu_s"] / total,
     }
@@ -139,7 +141,7 @@ def one_round(server: Server, trace: Path, streams: int, tokens: int) -> dict[st
 
 def travel_times(steps: list[Any], arrivals: list[list[tuple[float, int]]]) -> list[float]:
     """Seconds from the step that made a token to its arrival, for all tokens."""
-    first = {seed: index for index, (_, begun) in enumerate(steps) for seed in begun}
+    first = {seed: index for index, (_, begun, _) in enumerate(steps) for seed in begun}
     delays = []
     for seed, stream in enumerate(arrivals):
         token = 0

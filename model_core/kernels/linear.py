@@ -60,6 +60,12 @@ class Linear:
             if self.layout == "split" and not invariant:
                 self._keep(weight)
 
+    @property
+    def nbytes_read(self) -> int:
+        """Bytes that a product of few rows reads: of the packed panels where there are any."""
+        kept = 0 if self.weight is None or self.layout == "plain" else self.weight.numel() * self.weight.element_size()
+        return self.nbytes - kept
+
     def _keep(self, weight: torch.Tensor) -> None:
         self.weight = weight
         self.nbytes += weight.numel() * weight.element_size()

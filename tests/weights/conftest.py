@@ -1,15 +1,18 @@
-"""A model hub on 127.0.0.1 that the real huggingface_hub client accepts, with faults to order."""
+"""A model hub on 127.0.0.1 that the real huggingface_hub client accepts, with faults to order; small checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import math
 import re
 import threading
 import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -153,3 +156,137 @@ def tiny_llama():
     generator = torch.Generator().manual_seed(7)
     shapes = expected_shapes(ModelConfig.from_hf(config))
     return config, {name: torch.randn(shape, generator=generator) * 0.05 for name, shape in shapes.items()}
+
+
+_LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+# What differs from tiny_llama's config, by family. Sliding windows are not said in GGUF files of architecture llama.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama_tied": {"tie_word_embeddings": True, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 32},
+    "llama3": {"rope_parameters": _LLAMA3_ROPE},
+    "llama_linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32, "num_attention_heads": 6},
+}  # fmt: skip
+
+
+@dataclass
+class Sample:
+    """One model in Hugging Face's terms: config.json and float32 tensors."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Any]
+
+    def save(self, folder: Path) -> Path:
+        """As a folder with one model.safetensors."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(self.config))
+        save_file(self.tensors, folder / "model.safetensors")
+        return folder
+
+    def save_gguf(self, path: Path, kinds: dict[str, str] | None = None, **metadata: Any) -> Path:
+        """As llama.cpp's converter writes it: its names, q and k rows in its order for architecture llama.
+
+        kinds: GGML type by the end of the GGUF name ("" is every other matrix), F32 unless given; vectors stay F32.
+        metadata: keys (with "__" for ".") added or replaced; None leaves one out.
+        """
+        import gguf
+
+        config, kinds = self.config, kinds or {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        family = config["model_type"]
+        arch = "llama" if family == "mistral" else family
+        rope = config["rope_parameters"]
+        meta: dict[str, Any] = {
+            f"{arch}.block_count": config["num_hidden_layers"],
+            f"{arch}.context_length": config["max_position_embeddings"],
+            f"{arch}.embedding_length": config["hidden_size"],
+            f"{arch}.feed_forward_length": config["intermediate_size"],
+            f"{arch}.attention.head_count": config["num_attention_heads"],
+            f"{arch}.attention.head_count_kv": config["num_key_value_heads"],
+            f"{arch}.attention.key_length": config["head_dim"],
+            f"{arch}.attention.value_length": config["head_dim"],
+            f"{arch}.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+            f"{arch}.rope.freq_base": rope["rope_theta"],
+            f"{arch}.rope.dimension_count": config["head_dim"],
+            f"{arch}.vocab_size": config["vocab_size"],
+            "tokenizer.ggml.bos_token_id": config["bos_token_id"],
+            "tokenizer.ggml.eos_token_id": config["eos_token_id"],
+        }
+        if rope["rope_type"] == "linear":
+            meta |= {f"{arch}.rope.scaling.type": "linear", f"{arch}.rope.scaling.factor": rope["factor"]}
+        meta |= {key.replace("__", "."): value for key, value in metadata.items()}
+        writer = gguf.GGUFWriter(path, arch)
+        for key, value in meta.items():
+            if isinstance(value, bool):
+                writer.add_bool(key, value)
+            elif isinstance(value, int):
+                writer.add_uint32(key, value)
+            elif isinstance(value, float):
+                writer.add_float32(key, value)
+            elif isinstance(value, str):
+                writer.add_string(key, value)
+            elif value is not None:
+                writer.add_array(key, value)
+        names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.upper()), config["num_hidden_layers"])
+        for name, tensor in self.tensors.items():
+            array = tensor.numpy()
+            for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
+                if arch == "llama" and name.endswith(f"{part}.weight"):
+                    array = array.reshape(config[heads], 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+            stored = names.get_name(name, (".weight", ".bias"))
+            kind = next((kind for end, kind in kinds.items() if stored.endswith(end)), "F32")
+            quantised = gguf.GGMLQuantizationType[kind if array.ndim > 1 else "F32"]
+            writer.add_tensor(stored, gguf.quants.quantize(array, quantised), raw_dtype=quantised)
+        if rope["rope_type"] == "llama3":
+            writer.add_tensor("rope_freqs.weight", _rope_factors(config))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+
+def _rope_factors(config: dict[str, Any]) -> Any:
+    """Llama 3.1's rule, one frequency at a time, as the release states it: [head_dim / 2] float32."""
+    import numpy as np
+
+    rope, dim, factors = config["rope_parameters"], config["head_dim"], []
+    low, high, context = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
+    for index in range(0, dim, 2):
+        wavelength = 2 * math.pi * rope["rope_theta"] ** (index / dim)
+        if wavelength < context / high:
+            factors.append(1.0)
+        elif wavelength > context / low:
+            factors.append(rope["factor"])
+        else:
+            smooth = (context / wavelength - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return np.array(factors, dtype=np.float32)
+
+
+@pytest.fixture
+def sample(tiny_llama):
+    """sample(family, **config): a random two-layer model; every tensor random, norms and biases too."""
+    import torch
+
+    from model_core.model.config import ModelConfig
+    from model_core.weights.load import expected_shapes
+
+    def make(family: str = "llama", **changes: Any) -> Sample:
+        config = tiny_llama[0] | {"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+        config = config | FAMILIES[family] | changes
+        generator = torch.Generator().manual_seed(len(family))
+        return Sample(config, {name: torch.randn(shape, generator=generator) * 0.1 + ("norm" in name)
+                               for name, shape in expected_shapes(ModelConfig.from_hf(config)).items()})
+
+    return make
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
