@@ -9,7 +9,8 @@ from model_core.weights.progress import format_bytes
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mini-llm info", description="Parameters, bytes, KV pages and limits of a model here.")
+    about = "Parameters, bytes, KV pages and limits of a model here."
+    parser = argparse.ArgumentParser(prog="mini-llm info", description=about)
     opt.add_model(parser, positional=True)
     opt.add_engine(parser)
     options = parser.parse_args(argv)
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
             view.add_row(*row)
         console.print(view)
 
-    scaling = model.rope_scaling
+    scaling, head = model.rope_scaling, "tied" if model.tie_embeddings else "own"
     table(local.name, [
         ("from", f"{local.path} ({local.source})"),
         ("family", model.family),
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
         ("on disk", format_bytes(sum(stored.nbytes for stored in checkpoint.tensors.values()))),
         ("layers x hidden x MLP", f"{model.num_layers} x {model.hidden_size} x {model.intermediate_size}"),
         ("heads (query, key/value) x size", f"({model.num_heads}, {model.num_kv_heads}) x {model.head_dim}"),
-        ("vocabulary", f"{model.vocab_size} rows, {tokenizer.vocab_size} tokens, head {'tied' if model.tie_embeddings else 'own'}"),
+        ("vocabulary", f"{model.vocab_size} rows, {tokenizer.vocab_size} tokens, head {head}"),
         ("context", f"{model.context_length} tokens, sliding window {model.sliding_window or 'none'}"),
         ("rotary", f"theta {model.rope_theta:g}, scaling {scaling.kind}"),
         ("end-of-sequence ids", ", ".join(map(str, model.eos_ids)) or "none"),

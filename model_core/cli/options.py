@@ -55,7 +55,7 @@ def local_model(options: argparse.Namespace) -> LocalModel:
     return ensure_weights(ModelSource(options.model, options.revision, options.fallback or None), options.weight_dir)
 
 
-def engine_config(options: argparse.Namespace, **more: int) -> EngineConfig:
+def engine_config(options: argparse.Namespace, *, max_seqs: int | None = None) -> EngineConfig:
     """Raises ConfigError."""
     kernels = {}
     for choice in options.kernels:
@@ -64,11 +64,12 @@ def engine_config(options: argparse.Namespace, **more: int) -> EngineConfig:
             raise ConfigError(f"--kernels {choice}: write OP=torch or OP=triton")
         kernels[op] = implementation
     return EngineConfig(device=options.device, dtype=options.dtype, threads=options.threads,
-                        kv_cache_bytes=options.kv_cache_bytes, kernels=kernels, **more)  # fmt: skip
+                        kv_cache_bytes=options.kv_cache_bytes, kernels=kernels, max_seqs=max_seqs)  # fmt: skip
 
 
 def sampling(options: argparse.Namespace) -> SamplingParams:
     seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(6), "little")
     return SamplingParams(
         max_tokens=options.max_tokens, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
-        min_p=options.min_p, repetition_penalty=options.repetition_penalty, seed=seed, ignore_eos=options.ignore_eos)  # fmt: skip
+        min_p=options.min_p, repetition_penalty=options.repetition_penalty, seed=seed, ignore_eos=options.ignore_eos,
+    )  # fmt: skip

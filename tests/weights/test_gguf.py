@@ -254,15 +254,16 @@ def test_a_tensor_at_the_very_end_is_read(tmp_path):
 
 
 def test_every_value_type_and_version_2(tmp_path):
-    values = {"u8": (0, "B", 255), "i8": (1, "b", -128), "u16": (2, "H", 65535), "i16": (3, "h", -5), "u32": (4, "I", 2**32 - 1),
-              "i32": (5, "i", -7), "f32": (6, "f", 0.5), "bool": (7, "?", True), "u64": (10, "Q", _MAX), "i64": (11, "q", -9),
-              "f64": (12, "d", 0.1)}  # fmt: skip
+    values = {"u8": (0, "B", 255), "i8": (1, "b", -128), "u16": (2, "H", 65535), "i16": (3, "h", -5),
+              "u32": (4, "I", 2**32 - 1), "i32": (5, "i", -7), "f32": (6, "f", 0.5), "bool": (7, "?", True),
+              "u64": (10, "Q", _MAX), "i64": (11, "q", -9), "f64": (12, "d", 0.1)}  # fmt: skip
     body = b"".join(string(key) + struct.pack("<I", kind) + struct.pack("<" + code, value)
                     for key, (kind, code, value) in values.items())
     body += b"".join(string(key + "s") + struct.pack("<IIQ", 9, kind, 2) + struct.pack("<2" + code, value, value)
                      for key, (kind, code, value) in values.items())
     body += string("s") + encoded("日本") + string("ss") + encoded(["", "a b"])
-    body += string("nested") + struct.pack("<IIQ", 9, 9, 2) + struct.pack("<IQI", 4, 1, 6) + struct.pack("<IQ", 8, 1) + string("x")
+    body += string("nested") + struct.pack("<IIQ", 9, 9, 2) + struct.pack("<IQI", 4, 1, 6)
+    body += struct.pack("<IQ", 8, 1) + string("x")
     path = tmp_path / "m.gguf"
     path.write_bytes(header(0, 2 * len(values) + 3, body, version=2))
     expected = {key: value for key, (_, _, value) in values.items()}
