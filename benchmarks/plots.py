@@ -106,6 +106,7 @@ def draw_bars(report: Path, groups: Sequence[str], bars: Sequence[Bars], *, titl
         axes.set_xticks(range(len(groups)), groups)
         axes.set_ylabel(y_label)
         axes.margins(y=0.12)
+        _plain_numbers(axes.yaxis, False)
         if len(bars) > 1 or limit is not None:
             axes.legend()
 
