@@ -26,7 +26,7 @@ if triton is not None:
 
     jit: Any = triton.jit
 else:
-    tl = types.SimpleNamespace(constexpr=object)  # type: ignore[assignment]
+    tl = types.SimpleNamespace(constexpr=int)  # type: ignore[assignment]
 
     def jit(function: Any = None, **_: Any) -> Any:
         return function if function is not None else lambda wrapped: wrapped

@@ -6,19 +6,21 @@ import pytest
 import torch
 
 from model_core.kernels.decode.attention import SplitSpace, SplitTiles, attention, attention_torch
-from model_core.kernels.decode.gate_up import gate_up, gate_up_torch
-from model_core.kernels.decode.head import head, head_torch
+from model_core.kernels.decode.embed import embed, embed_torch, write_stream_torch
+from model_core.kernels.decode.gate_up import gate_up, gate_up_tiles, gate_up_torch
+from model_core.kernels.decode.head import head, head_tiles, head_torch
 from model_core.kernels.decode.products import RowTiles, chains_launches
-from model_core.kernels.decode.project import project, project_torch
-from model_core.kernels.decode.qkv import qkv, qkv_torch
+from model_core.kernels.decode.project import project, project_tiles, project_tiles_torch, project_torch
+from model_core.kernels.decode.qkv import qkv, qkv_tiles, qkv_torch
 from model_core.kernels.decode.sample import SampleSpace, sample, sample_torch
 from model_core.kernels.decode.state import DecodeState
-from model_core.kernels.decode.tiles import TensorTiles, TileSpace
+from model_core.kernels.decode.tiles import Stream, TensorTiles, TileSpace
 
 GPU = torch.cuda.is_available()
 PAGE, VOCAB, CONTEXT, EPS = 16, 336, 512, 1e-5
-TILES = [RowTiles(4, 64, 4), TensorTiles(16, 32, 1, 4, 2), TensorTiles(16, 32, 2, 4, 2), TensorTiles(16, 64, 1, 4, 3)]
-IDS = ["rows", "tiles", "split tiles", "tiles with a tail"]
+ROWS = RowTiles(4, 64, 4)
+TILES = [TensorTiles(16, 32, 1, 4, 2), TensorTiles(16, 32, 2, 4, 2), TensorTiles(16, 64, 1, 4, 3)]
+IDS = ["tiles", "split tiles", "tiles with a tail"]
 
 
 class Case:
@@ -47,13 +49,42 @@ class Case:
         angles = torch.rand(CONTEXT, dim // 2, device=device) * 6
         self.cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
         self.k, self.v = (torch.full((100, PAGE, kv_heads, dim), float("nan"), dtype=dtype, device=device) for _ in range(2))
-        for slot in range(3):
-            n = torch.arange(int(state.position[slot]) + 1, device=device)
-            page = state.block_tables[slot, n // PAGE].long()
-            for cache in (self.k, self.v):
-                cache[page, n % PAGE] = random(len(n), kv_heads, dim)
+        self.random = random
+        self.fill()
         self.q = random(3, heads, dim)
         self.space = TileSpace(200_000, 1000, device)
+
+    def fill(self):
+        """Keys and values up to each slot's position; what lies behind stays NaN."""
+        for slot in range(3):
+            n = torch.arange(int(self.state.position[slot]) + 1, device=self.k.device)
+            page = self.state.block_tables[slot, n // PAGE].long()
+            for cache in (self.k, self.v):
+                cache[page, n % PAGE] = self.random(len(n), self.kv_heads, self.dim)
+
+    def stream(self, x, dtype=None):
+        stream = Stream(5, self.hidden, dtype or x.dtype, x.device)
+        write_stream_torch(x.float(), self.gain, stream)
+        return stream
+
+    def check_qkv(self, close, inputs, embed, run):
+        q, expected = torch.empty_like(self.q), torch.empty_like(self.q, dtype=torch.float32)
+        caches, wanted = (self.k.clone(), self.v.clone()), (self.k.float(), self.v.float())
+        run(caches, q)
+        qkv_torch(*inputs, self.state, *wanted, expected, eps=EPS, embed=embed)
+        close(q, expected, bound(q.dtype))
+        for cache, want in zip(caches, wanted, strict=True):
+            written = ~torch.isnan(want)
+            assert torch.equal(torch.isnan(cache), ~written)
+            close(cache[written], want[written], bound(q.dtype))
+
+
+def check_streams(close, actual, exact, multiple):
+    close(actual.residual[:3], exact.residual[:3], multiple)
+    close(actual.scaled[:3], exact.scaled[:3], multiple + 1)
+    squares = [stream.squares[: stream.parts, :3].sum(0) for stream in (actual, exact)]
+    wide = actual.residual[:3].float().square().sum(-1)  # the squares of what was stored
+    assert torch.allclose(squares[0], wide, rtol=1e-5) and torch.allclose(*squares, rtol=0.02)
 
 
 @pytest.fixture
@@ -66,20 +97,21 @@ def bound(dtype):
     return 24 if dtype == torch.float32 else 4
 
 
-@pytest.mark.parametrize("tiles", TILES, ids=IDS)
 @pytest.mark.parametrize("embed", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_qkv(case, dtype, close, tiles, embed, bias):
-    q, expected = torch.empty_like(case.q), torch.empty_like(case.q, dtype=torch.float32)
-    caches, wanted = (case.k.clone(), case.v.clone()), (case.k.float(), case.v.float())
+def test_qkv(case, dtype, close, embed, bias):
     inputs = (case.embed if embed else case.x, case.gain, case.w_qkv, case.bias if bias else None, case.cos_sin, case.rows)
-    qkv(*inputs, case.state, *caches, q, eps=EPS, tiles=tiles, embed=embed, pdl=case.pdl, space=case.space)
-    qkv_torch(*inputs, case.state, *wanted, expected, eps=EPS, embed=embed)
-    close(q, expected, bound(dtype))
-    for cache, want in zip(caches, wanted, strict=True):
-        written = ~torch.isnan(want)
-        assert torch.equal(torch.isnan(cache), ~written)
-        close(cache[written], want[written], bound(dtype))
+    case.check_qkv(close, inputs, embed, lambda caches, q: qkv(
+        *inputs, case.state, *caches, q, eps=EPS, tiles=ROWS, embed=embed, pdl=case.pdl))  # fmt: skip
+
+
+@pytest.mark.parametrize("tiles", TILES, ids=IDS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_qkv_in_tiles(case, dtype, close, tiles, bias):
+    inputs = (case.x, case.gain, case.w_qkv, case.bias if bias else None, case.cos_sin, case.rows)
+    case.check_qkv(close, inputs, False, lambda caches, q: qkv_tiles(
+        case.stream(case.x), case.w_qkv, inputs[3], case.cos_sin, case.rows, case.state, *caches, q, eps=EPS, tiles=tiles,
+        pdl=case.pdl, space=case.space))  # fmt: skip
     assert (case.space.arrived == 0).all()
 
 
@@ -88,7 +120,7 @@ def test_qkv(case, dtype, close, tiles, embed, bias):
 @pytest.mark.parametrize("heads,kv_heads", [(4, 2), (3, 3), (8, 1)])
 def test_attention(device, dtype, close, window, tiles, heads, kv_heads):
     case = Case(dtype, device, heads=heads, kv_heads=kv_heads)
-    space = SplitSpace.empty(3, heads, kv_heads, case.dim, 16, device)
+    space = SplitSpace.empty(3, heads, kv_heads, case.dim, device)
     out, expected = torch.empty_like(case.q), torch.empty_like(case.q, dtype=torch.float32)
     inputs = (case.q, case.k, case.v)
     for _ in range(2):  # the second finds the counters as the first left them
@@ -98,38 +130,76 @@ def test_attention(device, dtype, close, window, tiles, heads, kv_heads):
         assert (space.arrived == 0).all()
 
 
-@pytest.mark.parametrize("tiles", TILES, ids=IDS)
+def test_attention_over_more_keys_than_the_splits_hold(device, dtype, close):
+    case = Case(dtype, device)
+    case.state.position[:3] = torch.tensor([500, 16 * 32 - 2, 100])
+    case.fill()
+    space = SplitSpace.empty(3, case.heads, case.kv_heads, case.dim, device)
+    out, expected = torch.empty_like(case.q), torch.empty_like(case.q, dtype=torch.float32)
+    tiles = SplitTiles(16, 16, 4, 1)
+    attention(case.q, case.k, case.v, out, case.rows, case.state, space, scale=0.2, window=None, longest=CONTEXT, tiles=tiles,
+              pdl=case.pdl)  # fmt: skip
+    attention_torch(case.q, case.k, case.v, expected, case.rows, case.state, scale=0.2, window=None)
+    close(out, expected, 60 if dtype == torch.float32 else 4, 1.0)
+
+
 @pytest.mark.parametrize("embed", [False, True])
-def test_project(case, dtype, close, tiles, embed):
+def test_project(case, dtype, close, embed):
     x = case.q.flatten(1)
     out = torch.randn(3, case.hidden, device=x.device).to(dtype)
     expected = torch.empty_like(out, dtype=torch.float32)
     project_torch(x, case.w_o, case.embed if embed else out, expected, case.rows, case.state.last_token, embed=embed)
-    project(x, case.w_o, case.embed if embed else out, out, case.rows, case.state.last_token, tiles=tiles, embed=embed,
-            pdl=case.pdl, space=case.space)  # fmt: skip
+    project(x, case.w_o, case.embed if embed else out, out, case.rows, case.state.last_token, tiles=ROWS, embed=embed,
+            pdl=case.pdl)  # fmt: skip
     close(out, expected, bound(dtype))
 
 
 @pytest.mark.parametrize("tiles", TILES, ids=IDS)
-def test_gate_up(case, dtype, close, tiles):
+def test_project_in_tiles(case, dtype, close, tiles):
+    x, streams = case.q.flatten(1), [case.stream(case.x), case.stream(case.x, torch.float32)]
+    project_tiles(x, case.w_o, case.gain, streams[0], tiles=tiles, pdl=case.pdl, space=case.space)
+    project_tiles_torch(x, case.w_o, case.gain, streams[1])
+    check_streams(close, *streams, bound(dtype))
+    assert (case.space.arrived == 0).all()
+
+
+def test_embed(case, dtype, close):
+    streams = [case.stream(case.x), case.stream(case.x, torch.float32)]
+    embed(case.embed, case.gain, case.rows, case.state.last_token, streams[0], pdl=case.pdl)
+    embed_torch(case.embed, case.gain, case.rows, case.state.last_token, streams[1])
+    check_streams(close, *streams, 1)
+
+
+def test_gate_up(case, dtype, close):
     out = torch.empty(3, case.inner, dtype=dtype, device=case.x.device)
     expected = torch.empty_like(out, dtype=torch.float32)
-    gate_up(case.x, case.gain, case.w_gate_up, out, eps=EPS, tiles=tiles, pdl=case.pdl, space=case.space)
+    gate_up(case.x, case.gain, case.w_gate_up, out, eps=EPS, tiles=ROWS, pdl=case.pdl)
     gate_up_torch(case.x, case.gain, case.w_gate_up, expected, eps=EPS)
     close(out, expected, bound(dtype))
 
 
-@pytest.mark.parametrize("tiles", [tiles for tiles in TILES if getattr(tiles, "splits", 1) == 1])
-def test_head(case, dtype, close, tiles):
+@pytest.mark.parametrize("tiles", TILES, ids=IDS)
+def test_gate_up_in_tiles(case, dtype, close, tiles):
+    out = torch.empty(3, case.inner, dtype=dtype, device=case.x.device)
+    expected = torch.empty_like(out, dtype=torch.float32)
+    gate_up_tiles(case.stream(case.x), case.w_gate_up, out, eps=EPS, tiles=tiles, pdl=case.pdl, space=case.space)
+    gate_up_torch(case.x, case.gain, case.w_gate_up, expected, eps=EPS)
+    close(out, expected, bound(dtype))
+
+
+@pytest.mark.parametrize("tiles", [ROWS, *(tiles for tiles in TILES if tiles.splits == 1)])
+def test_head(case, dtype, tiles):
     logits = torch.empty(3, VOCAB, device=case.x.device)
     expected = torch.empty_like(logits)
-    head(case.x, case.gain, case.w_head, logits, eps=EPS, tiles=tiles, pdl=case.pdl)
+    if isinstance(tiles, RowTiles):
+        head(case.x, case.gain, case.w_head, logits, eps=EPS, tiles=tiles, pdl=case.pdl)
+    else:
+        head_tiles(case.stream(case.x), case.w_head, logits, eps=EPS, tiles=tiles, pdl=case.pdl)
     head_torch(case.x, case.gain, case.w_head, expected, eps=EPS)
     assert (logits - expected).abs().max() <= bound(dtype) * torch.finfo(dtype).eps * expected.abs().max()
 
 
-@pytest.mark.parametrize("noise", [False, True])
-def test_sample(device, noise):
+def test_sample(device):
     case = Case(torch.float32, device)
     logits = torch.randn(3, VOCAB, device=device) * 3
     logits[1, 7] = logits[1, 200] = 50.0  # equals: the lowest id wins
@@ -139,8 +209,8 @@ def test_sample(device, noise):
     for broken in (False, True):
         if broken:
             logits[0, 5] = float("nan")
-        sample(logits, case.rows, states[0], outs[0], space, noise=noise, pdl=case.pdl)
-        sample_torch(logits, case.rows, states[1], outs[1], noise=noise)
+        sample(logits, case.rows, states[0], outs[0], space, pdl=case.pdl)
+        sample_torch(logits, case.rows, states[1], outs[1])
         assert torch.equal(*outs)
         assert torch.equal(states[0].last_token, states[1].last_token)
         assert torch.equal(states[0].position, states[1].position)

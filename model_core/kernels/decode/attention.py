@@ -1,9 +1,10 @@
 """Decode kernel 2 of a layer: one query token per row over its pages, split over the context, combined in the kernel.
 
-Programs (KV head, split, row) each fold `split` keys into an online softmax (Milakov and Gimelshein 2018, arXiv
+Programs (KV head, split, row) each fold a share of the keys into an online softmax (Milakov and Gimelshein 2018, arXiv
 1805.02867; Flash-Decoding, Dao et al. 2023). The last program of a (row, KV head) to arrive adds the parts in split order,
 so the result does not depend on who was last, and no second launch is needed. The query heads that share a KV head are the
-rows of one tile.
+rows of one tile. How many keys a program takes depends on its row's own context only, never on the batch: `split` keys, or
+as many times that as bring a long context down to MAX_SPLITS programs.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from model_core.kernels.decode.products import follow, launch_options
 from model_core.kernels.decode.state import DecodeState
 from model_core.kernels.runtime import cdiv, jit, next_power_of_2, tl
 
+MAX_SPLITS = 32
 _LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
 class SplitTiles:
-    """split: keys per program; keys: keys per loop turn."""
+    """split: keys per program, doubled and more where a context would need over MAX_SPLITS; keys: keys per loop turn."""
 
     split: int
     keys: int
@@ -34,17 +36,18 @@ def _kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, stat_ptr, arrived_ptr, rows_ptr, position_ptr, table_ptr, qk_scale,
     table_row, k_page, k_slot, k_head, v_page, v_slot, v_head,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_ROWS: tl.constexpr,
-    PAGE: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    PAGE: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = HEADS // KV_HEADS
     kv_head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     follow(PDL)
     slot = tl.load(rows_ptr + row)
     context = tl.load(position_ptr + slot) + 1
-    first = tl.maximum(context - WINDOW, 0) // SPLIT * SPLIT if WINDOW > 0 else context * 0
     lowest = tl.maximum(context - WINDOW, 0) if WINDOW > 0 else context * 0
-    used = tl.cdiv(context - first, SPLIT)
+    first = lowest // BLOCK_N * BLOCK_N
+    size = SPLIT * tl.cdiv(context - first, SPLIT * SPLITS)
+    used = tl.cdiv(context - first, size)
     if split < used:
         g = tl.arange(0, GROUP_ROWS)
         d = tl.arange(0, BLOCK_D)
@@ -54,8 +57,8 @@ def _kernel(
         acc = tl.zeros([GROUP_ROWS, BLOCK_D], tl.float32)
         top = tl.full([GROUP_ROWS], float("-inf"), tl.float32)
         norm = tl.zeros([GROUP_ROWS], tl.float32)
-        begin = first + split * SPLIT
-        end = tl.minimum(begin + SPLIT, context)
+        begin = first + split * size
+        end = tl.minimum(begin + size, context)
         k_ptr += kv_head * k_head
         v_ptr += kv_head * v_head
         table_ptr += slot * table_row
@@ -79,7 +82,7 @@ def _kernel(
         if used == 1:
             tl.store(out_ptr + at, (acc / norm[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
         else:
-            # part [rows, kv_heads, SPLITS, GROUP, D], stat the same with (top, norm) for D
+            # part [rows, kv_heads, SPLITS, GROUP, D], stat the same with (top, norm) in place of D
             pair = row * KV_HEADS + kv_head
             part_ptr += (pair * SPLITS).to(tl.int64) * (GROUP * D)
             stat_ptr += pair * SPLITS * GROUP * 2
@@ -90,7 +93,7 @@ def _kernel(
             tl.debug_barrier()  # triton 3.6 orders only thread 0's stores before its atomic (kernels.md 3)
             if tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel") == used - 1:
                 tl.debug_barrier()
-                s = tl.arange(0, BLOCK_S)
+                s = tl.arange(0, SPLITS)
                 stat_at = stat_ptr + (s[:, None] * GROUP + g[None, :]) * 2
                 stat_mask = (s < used)[:, None] & (g < GROUP)[None, :]
                 tops = tl.load(stat_at, mask=stat_mask, other=float("-inf"), cache_modifier=".cg")
@@ -99,26 +102,29 @@ def _kernel(
                 safe = tl.where(best == float("-inf"), 0.0, best)
                 total = tl.sum(norms * tl.exp2(tops - safe[None, :]), axis=0)
                 acc = tl.zeros([GROUP_ROWS, BLOCK_D], tl.float32)
-                for other in range(used):
-                    top = tl.load(stat_ptr + (other * GROUP + g) * 2, mask=g < GROUP, other=float("-inf"),
-                                  cache_modifier=".cg")  # fmt: skip
-                    part = tl.load(part_ptr + other * GROUP * D + inside, mask=mask, other=0.0, cache_modifier=".cg")
-                    acc += part * tl.exp2(top - safe)[:, None]
+                for at_split in range(0, used, 4):
+                    for lane in tl.static_range(4):  # four parts are on their way at once
+                        other = at_split + lane
+                        top = tl.load(stat_ptr + (other * GROUP + g) * 2, mask=(g < GROUP) & (other < used),
+                                      other=float("-inf"), cache_modifier=".cg")  # fmt: skip
+                        part = tl.load(part_ptr + other * GROUP * D + inside, mask=mask & (other < used), other=0.0,
+                                       cache_modifier=".cg")  # fmt: skip
+                        acc += part * tl.exp2(top - safe)[:, None]
                 tl.store(out_ptr + at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
                 tl.store(arrived_ptr + pair, 0)  # ready for the next layer and the next replay
 
 
 @dataclass
 class SplitSpace:
-    """Workspace of one chain, for at most `splits` parts. `arrived` is zero between launches."""
+    """Workspace of one chain. `arrived` is zero between launches."""
 
-    part: torch.Tensor  # float32 [rows, kv_heads, splits, group, D]
-    stat: torch.Tensor  # float32 [rows, kv_heads, splits, group, 2]
+    part: torch.Tensor  # float32 [rows, kv_heads, MAX_SPLITS, group, D]
+    stat: torch.Tensor  # float32 [rows, kv_heads, MAX_SPLITS, group, 2]
     arrived: torch.Tensor  # int32 [rows, kv_heads]
 
     @classmethod
-    def empty(cls, rows: int, heads: int, kv_heads: int, dim: int, splits: int, device: torch.device | str) -> SplitSpace:
-        shape = (rows, kv_heads, splits, heads // kv_heads)
+    def empty(cls, rows: int, heads: int, kv_heads: int, dim: int, device: torch.device | str) -> SplitSpace:
+        shape = (rows, kv_heads, MAX_SPLITS, heads // kv_heads)
         return cls(
             part=torch.empty((*shape, dim), dtype=torch.float32, device=device),
             stat=torch.empty((*shape, 2), dtype=torch.float32, device=device),
@@ -134,16 +140,15 @@ def attention(
     """out [M, Hq, D]: row m attends to positions 0..position[rows[m]] of its slot. `longest` bounds the context."""
     count, heads, dim = q.shape
     kv_heads, page_size = k_cache.shape[2], k_cache.shape[1]
-    visible = min(longest, window + tiles.split) if window else longest
-    splits = cdiv(visible, tiles.split)
-    assert splits <= space.part.shape[2] and count <= space.part.shape[0]
+    visible = min(longest, window + tiles.keys) if window else longest
+    assert count <= space.part.shape[0] and tiles.split % tiles.keys == 0
     group = heads // kv_heads
-    _kernel[(kv_heads, splits, count)](
+    _kernel[(kv_heads, min(MAX_SPLITS, cdiv(visible, tiles.split)), count)](
         q, k_cache, v_cache, out, space.part, space.stat, space.arrived, rows, state.position, state.block_tables,
         scale * _LOG2_E, state.block_tables.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], HEADS=heads,
         KV_HEADS=kv_heads, D=dim, BLOCK_D=max(16, next_power_of_2(dim)), GROUP_ROWS=max(16, next_power_of_2(group)),
-        PAGE=page_size, SPLIT=tiles.split, SPLITS=space.part.shape[2], BLOCK_S=next_power_of_2(splits),
-        BLOCK_N=tiles.keys, WINDOW=window or 0, STAGES=tiles.stages, PDL=pdl, num_warps=tiles.warps,
+        PAGE=page_size, SPLIT=tiles.split, SPLITS=MAX_SPLITS, BLOCK_N=tiles.keys, WINDOW=window or 0, STAGES=tiles.stages,
+        PDL=pdl, num_warps=tiles.warps,
         **launch_options(pdl))  # fmt: skip
 
 

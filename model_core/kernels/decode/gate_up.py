@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 
 from model_core.kernels.decode.products import RowTiles, dot_rows, follow, launch_options, load_rows, load_x
-from model_core.kernels.decode.tiles import TensorTiles, TileSpace, add_splits, columns, tile_product
+from model_core.kernels.decode.tiles import (
+    AHEAD,
+    Stream,
+    TensorTiles,
+    TileSpace,
+    add_splits,
+    columns,
+    fetch_ahead,
+    norm_factor,
+    tile_product,
+)
 from model_core.kernels.runtime import cdiv, jit, tl
 
 
@@ -32,20 +42,22 @@ def _kernel(
 
 @jit
 def _tile_kernel(
-    x_ptr, gain_ptr, w_ptr, out_ptr, part_ptr, arrived_ptr, eps,
+    x_ptr, squares_ptr, w_ptr, out_ptr, part_ptr, arrived_ptr, eps,
     M: tl.constexpr, BM: tl.constexpr, INNER: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
-    SPLITS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     tile, split = tl.program_id(0), tl.program_id(1)
     n = tile * R + tl.arange(0, R)
+    if PDL:
+        fetch_ahead(w_ptr, n, split * (K // SPLITS), K, R, AHEAD)
+        fetch_ahead(w_ptr, n + INNER, split * (K // SPLITS), K, R, AHEAD)
     follow(PDL)
     m = tl.arange(0, BM)
     present = m < M
-    gate, up, squares = tile_product(x_ptr, m, present, w_ptr, n, n + INNER, gain_ptr, split, K, BM, R, BK, SPLITS, True, True,
-                                     STAGES)  # fmt: skip
-    gate, up, squares, last = add_splits(gate, up, squares, part_ptr, arrived_ptr, tile, split, BM, R, SPLITS, True, True)
+    gate, up = tile_product(x_ptr, present, w_ptr, n, n + INNER, split, K, BM, R, BK, SPLITS, True, STAGES)
+    gate, up, last = add_splits(gate, up, part_ptr, arrived_ptr, tile, split, BM, R, SPLITS, True)
     if last:
-        factor = tl.rsqrt(squares / K + eps)[None, :]
+        factor = norm_factor(squares_ptr, m, present, eps, PARTS, K, ROWS)[None, :]
         gate *= factor
         up *= factor
         out = (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty)
@@ -53,23 +65,27 @@ def _tile_kernel(
 
 
 def gate_up(
-    x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, eps: float,
-    tiles: RowTiles | TensorTiles, pdl: bool, space: TileSpace | None = None,
-) -> None:  # fmt: skip
+    x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, eps: float, tiles: RowTiles, pdl: bool
+) -> None:
     """out [M, I] = silu(norm(x) @ gate.T) * (norm(x) @ up.T); weight [2 I, K] holds gate, then up. tiles.rows counts
     rows of both."""
-    inner, size = weight.shape[0] // 2, weight.shape[1]
-    each = tiles.rows // 2 if isinstance(tiles, RowTiles) else tiles.rows
+    inner, size, each = weight.shape[0] // 2, weight.shape[1], tiles.rows // 2
     assert inner % each == 0 and weight.is_contiguous() and x.is_contiguous() and out.is_contiguous()
-    shape = dict(M=out.shape[0], INNER=inner, K=size, R=each, BK=tiles.chunk, PDL=pdl, num_warps=tiles.warps,
-                 **launch_options(pdl))  # fmt: skip
-    if isinstance(tiles, RowTiles):
-        _kernel[(inner // each,)](x, gain, weight, out, eps, CHUNKS=cdiv(size, tiles.chunk), **shape)
-    else:
-        assert space is not None
-        _tile_kernel[(inner // each, tiles.splits)](
-            x, gain, weight, out, space.part, space.arrived, eps, BM=columns(out.shape[0]), SPLITS=tiles.splits,
-            STAGES=tiles.stages, **shape)  # fmt: skip
+    _kernel[(inner // each,)](
+        x, gain, weight, out, eps, M=out.shape[0], INNER=inner, K=size, R=each, BK=tiles.chunk,
+        CHUNKS=cdiv(size, tiles.chunk), PDL=pdl, num_warps=tiles.warps, **launch_options(pdl))  # fmt: skip
+
+
+def gate_up_tiles(
+    stream: Stream, weight: torch.Tensor, out: torch.Tensor, *, eps: float, tiles: TensorTiles, pdl: bool, space: TileSpace
+) -> None:
+    """The same from a residual stream that is scaled for this norm; tiles.rows counts rows of one half."""
+    inner, size = weight.shape[0] // 2, weight.shape[1]
+    assert inner % tiles.rows == 0 and weight.is_contiguous() and out.is_contiguous()
+    _tile_kernel[(inner // tiles.rows, tiles.splits)](
+        stream.scaled, stream.squares, weight, out, space.part, space.arrived, eps, M=out.shape[0], BM=columns(out.shape[0]),
+        INNER=inner, K=size, R=tiles.rows, BK=tiles.chunk, SPLITS=tiles.splits, STAGES=tiles.stages, PARTS=stream.parts,
+        ROWS=stream.rows, PDL=pdl, num_warps=tiles.warps, **launch_options(pdl))  # fmt: skip
 
 
 def gate_up_torch(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, eps: float) -> None:

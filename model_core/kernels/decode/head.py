@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from model_core.kernels.decode.products import RowTiles, dot_rows, follow, launch_options, load_rows, load_x
-from model_core.kernels.decode.tiles import TensorTiles, columns, tile_product
+from model_core.kernels.decode.tiles import AHEAD, Stream, TensorTiles, columns, fetch_ahead, norm_factor, tile_product
 from model_core.kernels.runtime import cdiv, jit, tl
 
 
@@ -25,34 +25,42 @@ def _kernel(
 
 @jit
 def _tile_kernel(
-    x_ptr, gain_ptr, w_ptr, out_ptr, eps,
+    x_ptr, squares_ptr, w_ptr, out_ptr, eps,
     M: tl.constexpr, BM: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * R + tl.arange(0, R)
+    if PDL:
+        fetch_ahead(w_ptr, n, 0, K, R, AHEAD)
     follow(PDL)
     m = tl.arange(0, BM)
     present = m < M
-    acc, _, squares = tile_product(x_ptr, m, present, w_ptr, n, n, gain_ptr, 0, K, BM, R, BK, 1, True, False, STAGES)
-    acc *= tl.rsqrt(squares / K + eps)[None, :]
+    acc, _ = tile_product(x_ptr, present, w_ptr, n, n, 0, K, BM, R, BK, 1, False, STAGES)
+    acc *= norm_factor(squares_ptr, m, present, eps, PARTS, K, ROWS)[None, :]
     tl.store(out_ptr + m.to(tl.int64)[None, :] * N + n[:, None], acc, mask=present[None, :])
 
 
 def head(
-    x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, *, eps: float,
-    tiles: RowTiles | TensorTiles, pdl: bool,
-) -> None:  # fmt: skip
+    x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, *, eps: float, tiles: RowTiles, pdl: bool
+) -> None:
     """logits float32 [M, vocab] = norm(x [M, K]) @ weight [vocab, K].T"""
     size, width = weight.shape
     assert size % tiles.rows == 0 and weight.is_contiguous() and x.is_contiguous() and logits.is_contiguous()
-    shape = dict(M=logits.shape[0], N=size, K=width, R=tiles.rows, BK=tiles.chunk, PDL=pdl, num_warps=tiles.warps,
-                 **launch_options(pdl))  # fmt: skip
-    grid = (size // tiles.rows,)
-    if isinstance(tiles, RowTiles):
-        _kernel[grid](x, gain, weight, logits, eps, CHUNKS=cdiv(width, tiles.chunk), **shape)
-    else:
-        assert tiles.splits == 1
-        _tile_kernel[grid](x, gain, weight, logits, eps, BM=columns(logits.shape[0]), STAGES=tiles.stages, **shape)
+    _kernel[(size // tiles.rows,)](
+        x, gain, weight, logits, eps, M=logits.shape[0], N=size, K=width, R=tiles.rows, BK=tiles.chunk,
+        CHUNKS=cdiv(width, tiles.chunk), PDL=pdl, num_warps=tiles.warps, **launch_options(pdl))  # fmt: skip
+
+
+def head_tiles(
+    stream: Stream, weight: torch.Tensor, logits: torch.Tensor, *, eps: float, tiles: TensorTiles, pdl: bool
+) -> None:
+    """The same from a residual stream that is scaled for the final norm; tiles.splits is 1."""
+    size, width = weight.shape
+    assert size % tiles.rows == 0 and weight.is_contiguous() and logits.is_contiguous() and tiles.splits == 1
+    _tile_kernel[(size // tiles.rows,)](
+        stream.scaled, stream.squares, weight, logits, eps, M=logits.shape[0], BM=columns(logits.shape[0]), N=size, K=width,
+        R=tiles.rows, BK=tiles.chunk, STAGES=tiles.stages, PARTS=stream.parts, ROWS=stream.rows, PDL=pdl,
+        num_warps=tiles.warps, **launch_options(pdl))  # fmt: skip
 
 
 def head_torch(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, *, eps: float) -> None:

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import torch
 
+from model_core.kernels.decode.embed import write_stream_torch
 from model_core.kernels.decode.products import RowTiles, dot_rows, follow, launch_options, load_rows, load_x
-from model_core.kernels.decode.tiles import TensorTiles, TileSpace, add_splits, columns, tile_product
+from model_core.kernels.decode.tiles import (
+    AHEAD,
+    Stream,
+    TensorTiles,
+    TileSpace,
+    add_splits,
+    columns,
+    fetch_ahead,
+    tile_product,
+    write_stream,
+)
 from model_core.kernels.runtime import cdiv, jit, tl
 
 
@@ -27,43 +38,49 @@ def _kernel(
 
 @jit
 def _tile_kernel(
-    x_ptr, w_ptr, base_ptr, out_ptr, rows_ptr, token_ptr, part_ptr, arrived_ptr,
+    x_ptr, w_ptr, gain_ptr, residual_ptr, scaled_ptr, squares_ptr, part_ptr, arrived_ptr,
     M: tl.constexpr, BM: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
-    SPLITS: tl.constexpr, STAGES: tl.constexpr, EMBED: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     tile, split = tl.program_id(0), tl.program_id(1)
     n = tile * R + tl.arange(0, R)
+    if PDL:
+        fetch_ahead(w_ptr, n, split * (K // SPLITS), K, R, AHEAD)
     follow(PDL)
     m = tl.arange(0, BM)
     present = m < M
-    acc, other, squares = tile_product(x_ptr, m, present, w_ptr, n, n, x_ptr, split, K, BM, R, BK, SPLITS, False, False, STAGES)
-    acc, other, squares, last = add_splits(acc, other, squares, part_ptr, arrived_ptr, tile, split, BM, R, SPLITS, False, False)
+    acc, other = tile_product(x_ptr, present, w_ptr, n, n, split, K, BM, R, BK, SPLITS, False, STAGES)
+    acc, other, last = add_splits(acc, other, part_ptr, arrived_ptr, tile, split, BM, R, SPLITS, False)
     if last:
-        base_row = m
-        if EMBED:
-            base_row = tl.load(token_ptr + tl.load(rows_ptr + m, mask=present, other=0), mask=present, other=0)
-        base = tl.load(base_ptr + base_row[None, :] * N + n[:, None], mask=present[None, :], other=0.0).to(tl.float32)
-        tl.store(out_ptr + m[None, :] * N + n[:, None], (base + acc).to(out_ptr.dtype.element_ty), mask=present[None, :])
+        base = tl.load(residual_ptr + m[None, :] * N + n[:, None], mask=present[None, :], other=0.0).to(tl.float32)
+        write_stream(base + acc, m, n, tile, present, residual_ptr, scaled_ptr, squares_ptr, gain_ptr, N, ROWS)
 
 
 def project(
     x: torch.Tensor, weight: torch.Tensor, base: torch.Tensor, out: torch.Tensor, rows: torch.Tensor,
-    last_token: torch.Tensor, *, tiles: RowTiles | TensorTiles, embed: bool, pdl: bool, space: TileSpace | None = None,
+    last_token: torch.Tensor, *, tiles: RowTiles, embed: bool, pdl: bool,
 ) -> None:  # fmt: skip
     """out [M, N] = base + x [M, K] @ weight [N, K].T; base is out itself, or with `embed` the embedding [vocab, N] at
     the last tokens of the slots `rows`."""
     size, width = weight.shape
     assert size % tiles.rows == 0 and weight.is_contiguous() and x.is_contiguous() and out.is_contiguous()
-    inputs = (x, weight, base, out, rows, last_token)
-    shape = dict(M=out.shape[0], N=size, K=width, R=tiles.rows, BK=tiles.chunk, EMBED=embed, PDL=pdl,
-                 num_warps=tiles.warps, **launch_options(pdl))  # fmt: skip
-    if isinstance(tiles, RowTiles):
-        _kernel[(size // tiles.rows,)](*inputs, CHUNKS=cdiv(width, tiles.chunk), **shape)
-    else:
-        assert space is not None
-        _tile_kernel[(size // tiles.rows, tiles.splits)](
-            *inputs, space.part, space.arrived, BM=columns(out.shape[0]), SPLITS=tiles.splits, STAGES=tiles.stages, **shape
-        )
+    _kernel[(size // tiles.rows,)](
+        x, weight, base, out, rows, last_token, M=out.shape[0], N=size, K=width, R=tiles.rows, BK=tiles.chunk,
+        CHUNKS=cdiv(width, tiles.chunk), EMBED=embed, PDL=pdl, num_warps=tiles.warps, **launch_options(pdl))  # fmt: skip
+
+
+def project_tiles(
+    x: torch.Tensor, weight: torch.Tensor, gain: torch.Tensor, stream: Stream, *, tiles: TensorTiles, pdl: bool,
+    space: TileSpace,
+) -> None:  # fmt: skip
+    """stream += x [M, K] @ weight [N, K].T, scaled for the norm of `gain` [N] that comes next."""
+    size, width = weight.shape
+    assert size % tiles.rows == 0 and weight.is_contiguous() and x.is_contiguous()
+    stream.parts = size // tiles.rows
+    _tile_kernel[(stream.parts, tiles.splits)](
+        x, weight, gain, stream.residual, stream.scaled, stream.squares, space.part, space.arrived, M=x.shape[0],
+        BM=columns(x.shape[0]), N=size, K=width, R=tiles.rows, BK=tiles.chunk, SPLITS=tiles.splits, STAGES=tiles.stages,
+        ROWS=stream.rows, PDL=pdl, num_warps=tiles.warps, **launch_options(pdl))  # fmt: skip
 
 
 def project_torch(
@@ -73,6 +90,11 @@ def project_torch(
     """Reference, in float32."""
     start = (base[last_token[rows]] if embed else base).float()
     out.copy_(start + x.float() @ weight.float().T)
+
+
+def project_tiles_torch(x: torch.Tensor, weight: torch.Tensor, gain: torch.Tensor, stream: Stream) -> None:
+    """Reference, in float32."""
+    write_stream_torch(stream.residual[: x.shape[0]].float() + x.float() @ weight.float().T, gain, stream)
 
 
 def bytes_moved(rows: int, out_features: int, in_features: int, element_size: int) -> int:

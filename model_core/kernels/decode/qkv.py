@@ -6,11 +6,23 @@ so both halves of a rotation are in its registers. In the first layer x is a row
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from model_core.kernels.decode.products import RowTiles, dot_rows, follow, launch_options, load_rows, load_x
 from model_core.kernels.decode.state import DecodeState
-from model_core.kernels.decode.tiles import TensorTiles, TileSpace, add_splits, columns, tile_product
+from model_core.kernels.decode.tiles import (
+    AHEAD,
+    Stream,
+    TensorTiles,
+    TileSpace,
+    add_splits,
+    columns,
+    fetch_ahead,
+    norm_factor,
+    tile_product,
+)
 from model_core.kernels.runtime import cdiv, jit, tl
 
 
@@ -45,11 +57,11 @@ def _kernel(
 
 @jit
 def _tile_kernel(
-    x_ptr, gain_ptr, w_ptr, bias_ptr, cos_sin_ptr, rows_ptr, token_ptr, position_ptr, table_ptr, q_ptr, k_ptr, v_ptr,
+    x_ptr, squares_ptr, w_ptr, bias_ptr, cos_sin_ptr, rows_ptr, position_ptr, table_ptr, q_ptr, k_ptr, v_ptr,
     part_ptr, arrived_ptr, eps, table_row, k_page, k_slot, k_head, v_page, v_slot, v_head,
     M: tl.constexpr, BM: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
     PAIRS: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, PAGE: tl.constexpr,
-    EMBED: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+    BIAS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = D // 2
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -57,16 +69,17 @@ def _tile_kernel(
     head = tile * PAIRS // HALF
     d = pair % HALF
     first = head * D + d
+    if PDL:
+        fetch_ahead(w_ptr, first, split * (K // SPLITS), K, PAIRS, AHEAD)
+        fetch_ahead(w_ptr, first + HALF, split * (K // SPLITS), K, PAIRS, AHEAD)
     follow(PDL)
     m = tl.arange(0, BM)
     present = m < M
-    slot = tl.load(rows_ptr + m, mask=present, other=0)
-    x_row = tl.load(token_ptr + slot, mask=present, other=0) if EMBED else m
-    a, b, squares = tile_product(x_ptr, x_row, present, w_ptr, first, first + HALF, gain_ptr, split, K, BM, PAIRS, BK, SPLITS,
-                                 True, True, STAGES)  # fmt: skip
-    a, b, squares, last = add_splits(a, b, squares, part_ptr, arrived_ptr, tile, split, BM, PAIRS, SPLITS, True, True)
+    a, b = tile_product(x_ptr, present, w_ptr, first, first + HALF, split, K, BM, PAIRS, BK, SPLITS, True, STAGES)
+    a, b, last = add_splits(a, b, part_ptr, arrived_ptr, tile, split, BM, PAIRS, SPLITS, True)
     if last:
-        factor = tl.rsqrt(squares / K + eps)[None, :]
+        slot = tl.load(rows_ptr + m, mask=present, other=0)
+        factor = norm_factor(squares_ptr, m, present, eps, PARTS, K, ROWS)[None, :]
         a *= factor
         b *= factor
         if BIAS:
@@ -107,30 +120,47 @@ def _finish(
 def qkv(
     x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, cos_sin: torch.Tensor,
     rows: torch.Tensor, state: DecodeState, k_cache: torch.Tensor, v_cache: torch.Tensor, q: torch.Tensor, *,
-    eps: float, tiles: RowTiles | TensorTiles, embed: bool, pdl: bool, space: TileSpace | None = None,
+    eps: float, tiles: RowTiles, embed: bool, pdl: bool,
 ) -> None:  # fmt: skip
     """q [M, Hq, D] = rotated queries of rows `rows` (slots, int64 [M]); K and V go to their slot's page.
 
     x [M, K], or with `embed` the embedding [vocab, K] indexed by the slots' last tokens. weight [(Hq + 2 Hkv) D, K],
     cos_sin float32 [context, D], caches [pages, page_size, Hkv, D] of any strides with the last 1.
     """
+    size = weight.shape[1]
+    programs, shape = _shape(q, k_cache, weight, bias, tiles.rows // 2, pdl)
+    assert x.is_contiguous()
+    _kernel[(programs,)](
+        x, gain, weight, weight if bias is None else bias, cos_sin, rows, state.last_token, state.position,
+        state.block_tables, q, k_cache, v_cache, eps, state.block_tables.stride(0), *k_cache.stride()[:3],
+        *v_cache.stride()[:3], BK=tiles.chunk, CHUNKS=cdiv(size, tiles.chunk), EMBED=embed, num_warps=tiles.warps,
+        **shape)  # fmt: skip
+
+
+def qkv_tiles(
+    stream: Stream, weight: torch.Tensor, bias: torch.Tensor | None, cos_sin: torch.Tensor, rows: torch.Tensor,
+    state: DecodeState, k_cache: torch.Tensor, v_cache: torch.Tensor, q: torch.Tensor, *, eps: float, tiles: TensorTiles,
+    pdl: bool, space: TileSpace,
+) -> None:  # fmt: skip
+    """The same from a residual stream that is scaled for this norm; tiles.rows counts pairs of rows."""
+    programs, shape = _shape(q, k_cache, weight, bias, tiles.rows, pdl)
+    _tile_kernel[(programs, tiles.splits)](
+        stream.scaled, stream.squares, weight, weight if bias is None else bias, cos_sin, rows, state.position,
+        state.block_tables, q, k_cache, v_cache, space.part, space.arrived, eps, state.block_tables.stride(0),
+        *k_cache.stride()[:3], *v_cache.stride()[:3], BM=columns(q.shape[0]), BK=tiles.chunk, SPLITS=tiles.splits,
+        STAGES=tiles.stages, PARTS=stream.parts, ROWS=stream.rows, num_warps=tiles.warps, **shape)  # fmt: skip
+
+
+def _shape(
+    q: torch.Tensor, k_cache: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pairs: int, pdl: bool
+) -> tuple[int, dict[str, Any]]:
+    """Programs along the rows of W, and what both kernels are specialised on."""
     count, heads, dim = q.shape
-    kv_heads, page_size, size = k_cache.shape[2], k_cache.shape[1], weight.shape[1]
-    pairs = tiles.rows // 2 if isinstance(tiles, RowTiles) else tiles.rows
-    assert (dim // 2) % pairs == 0 and weight.is_contiguous() and x.is_contiguous() and q.is_contiguous()
-    programs = (heads + 2 * kv_heads) * dim // 2 // pairs
-    inputs = (x, gain, weight, weight if bias is None else bias, cos_sin, rows, state.last_token, state.position,
-              state.block_tables, q, k_cache, v_cache)  # fmt: skip
-    strides = (eps, state.block_tables.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3])
-    shape = dict(M=count, K=size, D=dim, HEADS=heads, KV_HEADS=kv_heads, PAIRS=pairs, BK=tiles.chunk, PAGE=page_size,
-                 EMBED=embed, BIAS=bias is not None, PDL=pdl, num_warps=tiles.warps, **launch_options(pdl))  # fmt: skip
-    if isinstance(tiles, RowTiles):
-        _kernel[(programs,)](*inputs, *strides, CHUNKS=cdiv(size, tiles.chunk), **shape)
-    else:
-        assert space is not None
-        _tile_kernel[(programs, tiles.splits)](
-            *inputs, space.part, space.arrived, *strides, BM=columns(count), SPLITS=tiles.splits, STAGES=tiles.stages, **shape
-        )
+    page_size, kv_heads = k_cache.shape[1:3]
+    assert (dim // 2) % pairs == 0 and weight.is_contiguous() and q.is_contiguous()
+    return (heads + 2 * kv_heads) * dim // 2 // pairs, dict(
+        M=count, K=weight.shape[1], D=dim, HEADS=heads, KV_HEADS=kv_heads, PAIRS=pairs, PAGE=page_size,
+        BIAS=bias is not None, PDL=pdl, **launch_options(pdl))  # fmt: skip
 
 
 def qkv_torch(

@@ -20,8 +20,7 @@ _SPLITS = 16
 @jit
 def _kernel(
     logits_ptr, best_ptr, where_ptr, arrived_ptr, rows_ptr, token_ptr, position_ptr, temperature_ptr, seed_ptr, out_ptr,
-    V: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr, NOISE: tl.constexpr,
-    PDL: tl.constexpr,
+    V: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     split, row = tl.program_id(0), tl.program_id(1)
     follow(PDL)
@@ -29,24 +28,26 @@ def _kernel(
     position = tl.load(position_ptr + slot)
     temperature = tl.load(temperature_ptr + slot)
     seed = tl.load(seed_ptr + slot)
-    scale = tl.where(temperature > 0, 1.0 / temperature, 1.0)
+    scale = 1.0 / tl.where(temperature > 0, temperature, 1.0)
     quad = tl.arange(0, BLOCK)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     where = tl.full([BLOCK], V, tl.int32)
     broken = tl.zeros([BLOCK], tl.int32)
     for start in range(0, SHARE, BLOCK):
         c = (split * SHARE + start + quad).to(tl.uint32)  # Philox counter: four logits each
-        if NOISE:
+        w0, w1, w2, w3 = c, c, c, c
+        if temperature > 0:  # the same for all of a program's logits: greedy rows skip the arithmetic
             zero = c * 0
-            words = tl.philox(seed, c, zero, zero + (position + 1).to(tl.uint32), zero)
+            w0, w1, w2, w3 = tl.philox(seed, c, zero, zero + (position + 1).to(tl.uint32), zero)
+        words = (w0, w1, w2, w3)
         for lane in tl.static_range(4):
             j = c.to(tl.int32) * 4 + lane
             inside = (start + quad < SHARE) & (j < V)
             x = tl.load(logits_ptr + row.to(tl.int64) * V + j, mask=inside, other=float("-inf"))
             broken |= (inside & ((x != x) | (x == float("inf")) | (x == float("-inf")))).to(tl.int32)
-            if NOISE:
+            if temperature > 0:
                 u = ((words[lane] >> 9).to(tl.float32) + 0.5) * (1.0 / (1 << 23))
-                x = tl.where(temperature > 0, x * scale - tl.log(-tl.log(u)), x)
+                x = x * scale - tl.log(-tl.log(u))
             better = (x > best) | ((x == best) & (j < where))
             best = tl.where(better, x, best)
             where = tl.where(better, j, where)
@@ -80,30 +81,25 @@ class SampleSpace:
 
 
 def sample(
-    logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, out: torch.Tensor, space: SampleSpace, *, noise: bool,
-    pdl: bool,
-) -> None:  # fmt: skip
+    logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, out: torch.Tensor, space: SampleSpace, *, pdl: bool
+) -> None:
     """out int64 [M] = the tokens of logits float32 [M, vocab], -1 where they were not finite; the slots' last_token and
-    position advance. `noise` False promises that every row is greedy."""
+    position advance."""
     count, vocab = logits.shape
     share = cdiv(cdiv(vocab, 4), _SPLITS)
     _kernel[(_SPLITS, count)](
         logits, space.best, space.where, space.arrived, rows, state.last_token, state.position, state.temperature,
-        state.seed, out, V=vocab, SPLITS=_SPLITS, SHARE=share, BLOCK=256, NOISE=noise, PDL=pdl, num_warps=4,
+        state.seed, out, V=vocab, SPLITS=_SPLITS, SHARE=share, BLOCK=256, PDL=pdl, num_warps=4,
         **launch_options(pdl))  # fmt: skip
 
 
-def sample_torch(
-    logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, out: torch.Tensor, *, noise: bool
-) -> None:
+def sample_torch(logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, out: torch.Tensor) -> None:
     """Reference."""
     finite = torch.isfinite(logits).all(-1)
     temperature = state.temperature[rows, None]
-    chosen = logits
-    if noise:
-        u = uniform(state.seed[rows], state.position[rows].long() + 1, logits.shape[1])
-        drawn = logits / torch.where(temperature > 0, temperature, 1.0) - (-u.log()).log()
-        chosen = torch.where(temperature > 0, drawn, logits)
+    u = uniform(state.seed[rows], state.position[rows].long() + 1, logits.shape[1])
+    drawn = logits / torch.where(temperature > 0, temperature, 1.0) - (-u.log()).log()
+    chosen = torch.where(temperature > 0, drawn, logits)
     tokens = chosen.argmax(-1)
     out.copy_(torch.where(finite, tokens, -1))
     state.last_token[rows] = torch.where(finite, tokens, 0)

@@ -3,6 +3,9 @@
 The product is transposed: acc [BN, BM] = W tile [BN, BK] @ x tile [BK, BM], so that the weights are the wide operand and
 a batch of 8 needs no padding. SPLITS programs may share a tile's K (few rows of W, many multiprocessors); the last
 to arrive adds their parts in order, so the sum does not depend on who was last.
+
+RMSNorm costs no pass of its own here. Who writes the residual stream also writes it times the gain of the norm that comes
+next, and sums of squares per tile of columns; who reads it multiplies the plain product by 1 / rms at the end.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from model_core.kernels.runtime import cdiv, jit, next_power_of_2, tl
+
+AHEAD = tl.constexpr(4)  # lines of 128 bytes of each row of W that a program asks for before its launch's wait
 
 
 @dataclass(frozen=True)
@@ -32,22 +37,32 @@ def columns(rows: int) -> int:
 
 
 @jit
-def tile_product(
-    x_ptr, x_row, present, w_ptr, n, other_n, gain_ptr, split,
-    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, NORM: tl.constexpr,
-    PAIR: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """(W[n] @ x.T, W[other_n] @ x.T if PAIR, sums of squares of x) over this split's share of K, float32.
+def fetch_ahead(w_ptr, n, begin, K: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr):
+    """Ask for columns begin.. of rows n [BN] of W to be brought into L2: WIDTH lines of 128 bytes each.
 
-    x_row [BM]: rows of x, used where `present`; n, other_n [BN]: rows of W.
+    Before the wait of a chained launch this overlaps with the kernel before (a pipelined loop can only start after it).
+    """
+    line = begin + tl.arange(0, WIDTH) * 64
+    at = w_ptr + n.to(tl.int64)[:, None] * K + tl.minimum(line, K - 1)[None, :]
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@jit
+def tile_product(
+    x_ptr, present, w_ptr, n, other_n, split,
+    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, PAIR: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """(W[n] @ x.T, W[other_n] @ x.T if PAIR) over this split's share of K, float32 [BN, BM].
+
+    x [BM, K] where `present`; n, other_n [BN]: rows of W.
     """
     SHARE: tl.constexpr = (K + SPLITS * BK - 1) // (SPLITS * BK) * BK
     k0 = tl.arange(0, BK)
     acc = tl.zeros([BN, BM], tl.float32)
     other = tl.zeros([BN, BM], tl.float32)
-    squares = tl.zeros([BM], tl.float32)
     begin = split * SHARE
-    x_at = x_ptr + x_row.to(tl.int64)[None, :] * K + k0[:, None]
+    x_at = x_ptr + tl.arange(0, BM)[None, :] * K + k0[:, None]
     w_at = w_ptr + n.to(tl.int64)[:, None] * K + k0[None, :]
     other_at = w_ptr + other_n.to(tl.int64)[:, None] * K + k0[None, :]
     for turn in tl.range(0, SHARE // BK, num_stages=STAGES):
@@ -63,49 +78,51 @@ def tile_product(
             x = tl.load(x_at + start, mask=present[None, :] & inside[:, None], other=0.0)
             if PAIR:
                 w2 = tl.load(other_at + start, mask=inside[None, :], other=0.0)
-        if NORM:
-            gain = tl.load(gain_ptr + start + k0, mask=start + k0 < K, other=0.0).to(tl.float32)
-            wide = x.to(tl.float32)
-            squares += tl.sum(wide * wide, axis=0)
-            x = (wide * gain[:, None]).to(w.dtype)
         acc = tl.dot(w, x, acc, input_precision="ieee")
         if PAIR:
             other = tl.dot(w2, x, other, input_precision="ieee")
-    return acc, other, squares
+    return acc, other
 
 
 @jit
 def add_splits(
-    acc, other, squares, part_ptr, arrived_ptr, tile, split, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
-    NORM: tl.constexpr, PAIR: tl.constexpr,
+    acc, other, part_ptr, arrived_ptr, tile, split, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
+    PAIR: tl.constexpr,
 ):
     """The sums over all splits, and whether this program is the one that has them (True without splits)."""
     if SPLITS == 1:
-        return acc, other, squares, True
-    SIZE: tl.constexpr = BN * BM * (2 if PAIR else 1) + BM
+        return acc, other, True
+    SIZE: tl.constexpr = BN * BM * (2 if PAIR else 1)
     inside = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
     base = part_ptr + (tile * SPLITS).to(tl.int64) * SIZE
     mine = base + split * SIZE
     tl.store(mine + inside, acc)
     if PAIR:
         tl.store(mine + BN * BM + inside, other)
-    if NORM:
-        tl.store(mine + SIZE - BM + tl.arange(0, BM), squares)
     tl.debug_barrier()  # triton 3.6 orders only thread 0's stores before its atomic (kernels.md 3)
     last = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
     if last:
         tl.debug_barrier()
         acc = tl.zeros([BN, BM], tl.float32)
         other = tl.zeros([BN, BM], tl.float32)
-        squares = tl.zeros([BM], tl.float32)
         for s in tl.static_range(SPLITS):
             acc += tl.load(base + s * SIZE + inside, cache_modifier=".cg")
             if PAIR:
                 other += tl.load(base + s * SIZE + BN * BM + inside, cache_modifier=".cg")
-            if NORM:
-                squares += tl.load(base + s * SIZE + SIZE - BM + tl.arange(0, BM), cache_modifier=".cg")
         tl.store(arrived_ptr + tile, 0)
-    return acc, other, squares, last
+    return acc, other, last
+
+
+@jit
+def norm_factor(squares_ptr, row, present, eps, PARTS: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr):
+    """1 / rms [BM] of rows `row` [BM] of the residual stream, from its PARTS sums of squares a row, added in fixed order."""
+    STEP: tl.constexpr = 8
+    total = tl.zeros(row.shape, tl.float32)
+    for first in tl.static_range(0, PARTS, STEP):
+        part = first + tl.arange(0, STEP)
+        at = squares_ptr + part[:, None] * ROWS + row[None, :]
+        total += tl.sum(tl.load(at, mask=(part < PARTS)[:, None] & present[None, :], other=0.0), axis=0)
+    return tl.rsqrt(total / H + eps)
 
 
 class TileSpace:
@@ -123,5 +140,36 @@ class TileSpace:
         """What a product of `out_rows` rows of W (of each half) for `columns` rows of x needs."""
         if tiles.splits == 1:
             return 0
-        size = tiles.rows * columns * (2 if pair else 1) + columns
-        return cdiv(out_rows, tiles.rows) * tiles.splits * size
+        return cdiv(out_rows, tiles.rows) * tiles.splits * tiles.rows * columns * (2 if pair else 1)
+
+
+class Stream:
+    """The residual stream of `rows` rows as the tile kernels hand it on.
+
+    residual [rows, H]: the sums. scaled [rows, H]: residual times the gain of the next norm, not divided by its rms.
+    squares float32 [parts, rows]: sums of squares of residual per tile of columns; the first `parts`, as the last writer says.
+    """
+
+    def __init__(self, rows: int, hidden: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.residual = torch.empty((rows, hidden), dtype=dtype, device=device)
+        self.scaled = torch.empty((rows, hidden), dtype=dtype, device=device)
+        self.squares = torch.zeros((cdiv(hidden, 16), rows), dtype=torch.float32, device=device)
+        self.parts = 0
+
+    @property
+    def rows(self) -> int:
+        return self.residual.shape[0]
+
+
+@jit
+def write_stream(
+    value, m, n, part, present, residual_ptr, scaled_ptr, squares_ptr, gain_ptr, H: tl.constexpr, ROWS: tl.constexpr
+):
+    """Store float32 `value` [BN, BM] (columns n, rows m of the stream) as all three parts of a Stream."""
+    rounded = value.to(residual_ptr.dtype.element_ty)
+    wide = tl.where(present[None, :], rounded.to(tl.float32), 0.0)
+    gain = tl.load(gain_ptr + n).to(tl.float32)
+    at = m[None, :] * H + n[:, None]
+    tl.store(residual_ptr + at, rounded, mask=present[None, :])
+    tl.store(scaled_ptr + at, (wide * gain[:, None]).to(scaled_ptr.dtype.element_ty), mask=present[None, :])
+    tl.store(squares_ptr + part * ROWS + m, tl.sum(wide * wide, axis=0), mask=present)
