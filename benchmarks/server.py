@@ -115,21 +115,23 @@ def serving(
     import_path: str | None = None,
     edit: Callable[[dict[str, Any]], None] = lambda config: None,
     command: Sequence[str] = (sys.executable, "-m", "ray.serve.scripts", "run"),
+    root: Path = ROOT,
+    wait: bool = True,
 ) -> Iterator[Server]:
     """Serve with serve_config.yaml, `args` merged over its own; ready on entry, stopped on exit.
 
     import_path: another builder, e.g. benchmarks.fake_engine:build. edit: changes the configuration before it is written.
-    command: what is given its path.
+    command: what is given its path. root: another checkout. wait: False enters as soon as the command was started.
     """
     directory = Path(tempfile.mkdtemp(prefix="mini-llm-"))  # short: Ray puts Unix sockets below it, 107 bytes at most
-    config, http, nowhere = configuration(directory, args, import_path)
+    config, http, nowhere = configuration(directory, args, import_path, root)
     edit(config)
     path = directory / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config))
     log = directory / "serve.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [*command, path], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
+            [*command, path], cwd=root, stdout=out, stderr=subprocess.STDOUT,
             start_new_session=True, env={
                 **os.environ, "TRITON_INTERPRET": "0",
                 "RAY_ADDRESS": "local", "RAY_TMPDIR": str(directory), "RAY_USAGE_STATS_ENABLED": "0",
@@ -139,17 +141,20 @@ def serving(
         )  # fmt: skip
     server = Server(process, http, log, directory, time.time())
     try:
-        server.wait_ready()
+        if wait:
+            server.wait_ready()
         yield server
     finally:
         server.stop()
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def configuration(directory: Path, args: Mapping[str, Any], import_path: str | None = None) -> tuple[dict[str, Any], int, int]:
+def configuration(
+    directory: Path, args: Mapping[str, Any], import_path: str | None = None, root: Path = ROOT
+) -> tuple[dict[str, Any], int, int]:
     """serve_config.yaml with ports and HAProxy files of its own, its HTTP port, and a port where nothing listens."""
     http, metrics, stats, fallback, nowhere = free_ports(5)
-    config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    config = yaml.safe_load((root / "serve_config.yaml").read_text())
     application = config["applications"][0]
     config["http_options"]["port"] = http
     application["args"] = {**application["args"], **args}
