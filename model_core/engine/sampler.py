@@ -12,6 +12,7 @@ from model_core.engine.request import SamplingParams, TokenLogprobs
 
 MAX_LOGIT_BIAS = 512  # entries of one request; the table is part of the memory a slot occupies
 _SMALL_K = 256  # a top-k cut at or below this needs no sort of the vocabulary
+_COLDEST = 1e-6  # logits divided by less than this may leave float32; greedy all the same unless they differ by 1e-5
 
 
 @dataclass
@@ -52,7 +53,8 @@ class Sampler:
 
     def assign(self, slot: int, params: SamplingParams, seed: int, tokens: list[int], num_prompt: int) -> None:
         """Fill a slot for a sequence that starts or resumes (after preemption `tokens` holds its output so far)."""
-        self.temperature[slot], self.top_p[slot], self.min_p[slot] = params.temperature, params.top_p, params.min_p
+        self.temperature[slot] = max(params.temperature, _COLDEST) if params.temperature else 0.0
+        self.top_p[slot], self.min_p[slot] = params.top_p, params.min_p
         self.top_k[slot] = params.top_k if 0 < params.top_k < self.vocab_size else self.vocab_size
         self.repetition[slot], self.presence[slot] = params.repetition_penalty, params.presence_penalty
         self.frequency[slot] = params.frequency_penalty
