@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from model_core.errors import RequestError
 from model_core.tokenizer import Detokenizer, Tokenizer
+from model_core.tokenizer.tokenizer import Codec
 
 SNIPPETS = ["The quick brown fox", " dog", "a", "aa", "ab", "aab", " ", "  ", "\n\n", "日本語", "ё", "👩‍👩‍👧", "�", "é́",
             "<|im_end|>", "</s>", "12 %"]  # fmt: skip
@@ -104,17 +105,18 @@ def check_counts(stream: Detokenizer, sent: str, ends: list[int], pushed: int, f
 
 
 @many
-@given(data=st.data(), stops=st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=5),
-       text=st.text("ab", max_size=40))
-def test_overlapping_stop_strings_do_not_depend_on_the_tokens(
-    data: st.DataObject, stops: list[str], text: str, bpe: Tokenizer
+@given(data=st.data(), stops=st.lists(st.text("ab", min_size=1, max_size=10), min_size=1, max_size=3))
+def test_stop_strings_among_their_own_beginnings_do_not_depend_on_the_tokens(
+    data: st.DataObject, stops: list[str], bpe: Tokenizer
 ) -> None:
+    beginnings = st.tuples(st.sampled_from(stops), st.integers(1, 10)).map(lambda pair: pair[0][: pair[1]])
+    text = "".join(data.draw(st.lists(beginnings, max_size=8)))
     cuts = sorted({0, len(text), *data.draw(st.lists(st.integers(0, len(text)), max_size=8))})
     pieces = [bpe.encode(text[a:b], add_special_tokens=False) for a, b in zip(cuts, cuts[1:], strict=False)]
     stream = Detokenizer(bpe, stop=stops)
     sent = "".join([*map(stream.push, pieces), stream.finish()])
-    found = first_stop(text, stops)
-    assert (sent, stream.stopped) == ((text[: found[0] - len(found[1])], found[1]) if found else (text, None))
+    end, stop = first_stop(text, stops) or (len(text), None)
+    assert (sent, stream.stopped) == (text[: end - len(stop or "")], stop)
 
 
 # --- the rules one at a time, on texts that a person can follow
@@ -167,6 +169,12 @@ def test_one_leading_space_is_dropped_at_the_beginning_of_a_text_only(name: str,
     assert Detokenizer(tokenizer, stop=[" The"]).push(ids) == "The fox"  # the space was never text
 
 
+def test_a_token_of_two_spaces_loses_one() -> None:
+    tokenizer = Tokenizer(Codec(encode=lambda text, first: [], token_bytes=[b"  a"], added=[], strips_space=True))
+    assert pushes(Detokenizer(tokenizer), [0, 0]) == [" a", "  a"]
+    assert tokenizer.decode([0, 0]) == " a  a"
+
+
 def test_byte_level_models_keep_their_leading_space(bpe: Tokenizer, smollm2: Tokenizer) -> None:
     for tokenizer in (bpe, smollm2):
         assert Detokenizer(tokenizer).push(tokenizer.encode(" the", add_special_tokens=False)) == " the"
@@ -195,6 +203,11 @@ def test_the_stop_that_ends_first_wins_and_of_two_that_end_together_the_longer(b
             for ids in ([byte_ids(bpe, "abcd")], [[i] for i in byte_ids(bpe, "abcd")]):
                 stream = Detokenizer(bpe, stop=order)
                 assert ("".join(map(stream.push, ids)), stream.stopped) == expected
+
+
+def test_a_stop_string_that_begins_within_its_own_failed_beginning_is_found(bpe: Tokenizer) -> None:
+    stream = Detokenizer(bpe, stop=["aabaaaab"])  # of "aabaaa", first "aa" is left, then "aab"
+    assert "".join(pushes(stream, byte_ids(bpe, "aabaaabaaaab"))) == "aaba" and stream.stopped
 
 
 def test_an_included_stop_string_does_not_wait(bpe: Tokenizer) -> None:
