@@ -53,7 +53,7 @@ def _visit(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     MASKED: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """Fold keys [begin, end) of one sequence and KV head into (acc [M, BLOCK_D], top [M], norm [M]).
+    """Fold keys [begin, end) of one sequence and KV head into (acc [M, BLOCK_D], top [M], norm [M]); top is not scaled.
 
     last [M]: the last position each row sees; lowest: the first one that any row sees. MASKED False promises that every
     row sees every key.
@@ -72,7 +72,7 @@ def _visit(
         else:
             k = tl.load(k_at)
             v = tl.load(v_at)
-        scores = tl.dot(q, k, input_precision="ieee") * qk_scale  # base-2 logarithms: exp2 is one instruction
+        scores = tl.dot(q, k, input_precision="ieee")
         if MASKED:
             seen = present[None, :] & (n[None, :] <= last[:, None])
             if WINDOW > 0:
@@ -80,8 +80,10 @@ def _visit(
             scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))
         finite_top = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
-        weights = tl.exp2(scores - finite_top[:, None])
-        shrink = tl.exp2(top - finite_top)
+        # qk_scale holds log2(e): exp2 is one instruction. The fused product is spelled out, for the compiler fuses it in one
+        # of the two variants only, and a key must weigh the same bits in both.
+        weights = tl.exp2(tl.fma(scores, qk_scale, -(finite_top * qk_scale)[:, None]))
+        shrink = tl.exp2((top - finite_top) * qk_scale)
         norm = norm * shrink + tl.sum(weights, axis=1)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         top = new_top
@@ -193,7 +195,7 @@ def _decode_kernel(
 
 @jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["out_ptr", "context_ptr"])
 def _combine_kernel(
-    out_ptr, part_ptr, stat_ptr, context_ptr, out_token, out_head, splits,
+    out_ptr, part_ptr, stat_ptr, context_ptr, qk_scale, out_token, out_head, splits,
     D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
 ):
     # Every split in one tile of fixed height: the tree of additions is the same for every grid.
@@ -207,7 +209,7 @@ def _combine_kernel(
     norm = tl.load(stat_ptr + part * 2 + 1, mask=used, other=0.0)
     acc = tl.load(part_ptr + part[:, None] * D + d[None, :], mask=used[:, None] & (d < D)[None, :], other=0.0)
     best = tl.max(top, axis=0)
-    weight = tl.exp2(top - tl.where(best == float("-inf"), 0.0, best))
+    weight = tl.exp2((top - tl.where(best == float("-inf"), 0.0, best)) * qk_scale)
     total = tl.sum(norm * weight, axis=0)
     out = tl.sum(acc * weight[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
     to = out_ptr + seq.to(tl.int64) * out_token + head * out_head + d
@@ -254,7 +256,7 @@ def paged_attention(
             DIRECT=direct, num_warps=tiles.warps, **shape)  # fmt: skip
         if not direct:
             _combine_kernel[(heads, decodes)](
-                out, part, stat, batch.context_len, *out.stride()[:2], splits, D=dim, BLOCK_D=shape["BLOCK_D"],
+                out, part, stat, batch.context_len, scale * _LOG2_E, *out.stride()[:2], splits, D=dim, BLOCK_D=shape["BLOCK_D"],
                 WINDOW=window, SPLIT=SPLIT, MAX_SPLITS=MAX_SPLITS, num_warps=4)  # fmt: skip
     if decodes < batch.num_seqs:
         tiles = prefill_tiles(dim, q.dtype)

@@ -32,6 +32,12 @@ class SplitTiles:
 
 
 @jit
+def _ask(at):
+    """Bring the 128 bytes at each address into L2."""
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@jit
 def _kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, stat_ptr, arrived_ptr, rows_ptr, position_ptr, table_ptr, qk_scale,
     table_row, k_page, k_slot, k_head, v_page, v_slot, v_head,
@@ -41,13 +47,21 @@ def _kernel(
 ):  # fmt: skip
     GROUP: tl.constexpr = HEADS // KV_HEADS
     kv_head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    follow(PDL)
+    # Slots, positions and tables were written by an earlier replay or copy, not by this chain, and of the keys and values
+    # only the newest token's are: all but those may be looked at before the wait.
     slot = tl.load(rows_ptr + row)
     context = tl.load(position_ptr + slot) + 1
     lowest = tl.maximum(context - WINDOW, 0) if WINDOW > 0 else context * 0
     first = lowest // BLOCK_N * BLOCK_N
     size = SPLIT * tl.cdiv(context - first, SPLIT * SPLITS)
     used = tl.cdiv(context - first, size)
+    if PDL:
+        if split < used:  # noqa: SIM102 - PDL is known to the compiler, the rest is not
+            n = first + split * size + tl.arange(0, SPLIT)
+            page = tl.load(table_ptr + slot * table_row + n // PAGE, mask=n < context, other=0).to(tl.int64)
+            _ask(k_ptr + kv_head * k_head + page * k_page + (n % PAGE) * k_slot)
+            _ask(v_ptr + kv_head * v_head + page * v_page + (n % PAGE) * v_slot)
+    follow(PDL)
     if split < used:
         g = tl.arange(0, GROUP_ROWS)
         d = tl.arange(0, BLOCK_D)
@@ -70,12 +84,12 @@ def _kernel(
                         mask=present[None, :] & (d < D)[:, None], other=0.0)  # fmt: skip
             v = tl.load(v_ptr + (page * v_page + (n % PAGE) * v_slot)[:, None] + d[None, :],
                         mask=present[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
-            scores = tl.dot(q, k, input_precision="ieee") * qk_scale
+            scores = tl.dot(q, k, input_precision="ieee")
             scores = tl.where(present[None, :], scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, axis=1))
             base = tl.where(new_top == float("-inf"), 0.0, new_top)
-            weights = tl.exp2(scores - base[:, None])
-            shrink = tl.exp2(top - base)
+            weights = tl.exp2(tl.fma(scores, qk_scale, -(base * qk_scale)[:, None]))
+            shrink = tl.exp2((top - base) * qk_scale)
             norm = norm * shrink + tl.sum(weights, axis=1)
             acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
             top = new_top
@@ -100,7 +114,7 @@ def _kernel(
                 norms = tl.load(stat_at + 1, mask=stat_mask, other=0.0, cache_modifier=".cg")
                 best = tl.max(tops, axis=0)
                 safe = tl.where(best == float("-inf"), 0.0, best)
-                total = tl.sum(norms * tl.exp2(tops - safe[None, :]), axis=0)
+                total = tl.sum(norms * tl.exp2((tops - safe[None, :]) * qk_scale), axis=0)
                 acc = tl.zeros([GROUP_ROWS, BLOCK_D], tl.float32)
                 for at_split in range(0, used, 4):
                     for lane in tl.static_range(4):  # four parts are on their way at once
@@ -109,7 +123,7 @@ def _kernel(
                                       other=float("-inf"), cache_modifier=".cg")  # fmt: skip
                         part = tl.load(part_ptr + other * GROUP * D + inside, mask=mask & (other < used), other=0.0,
                                        cache_modifier=".cg")  # fmt: skip
-                        acc += part * tl.exp2(top - safe)[:, None]
+                        acc += part * tl.exp2((top - safe) * qk_scale)[:, None]
                 tl.store(out_ptr + at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
                 tl.store(arrived_ptr + pair, 0)  # ready for the next layer and the next replay
 

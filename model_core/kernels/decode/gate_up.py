@@ -10,12 +10,10 @@ import torch.nn.functional as F
 
 from model_core.kernels.decode.products import RowTiles, dot_rows, follow, launch_options, load_rows, load_x
 from model_core.kernels.decode.tiles import (
-    AHEAD,
     Stream,
     TensorTiles,
     TileSpace,
     add_splits,
-    columns,
     fetch_ahead,
     norm_factor,
     tile_product,
@@ -46,18 +44,18 @@ def _tile_kernel(
     M: tl.constexpr, BM: tl.constexpr, INNER: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
     SPLITS: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    tile, split = tl.program_id(0), tl.program_id(1)
-    n = tile * R + tl.arange(0, R)
+    n = tl.program_id(1) * R + tl.arange(0, R)
+    split = tl.program_id(2)
     if PDL:
-        fetch_ahead(w_ptr, n, split * (K // SPLITS), K, R, AHEAD)
-        fetch_ahead(w_ptr, n + INNER, split * (K // SPLITS), K, R, AHEAD)
-    follow(PDL)
-    m = tl.arange(0, BM)
+        fetch_ahead(w_ptr, n, split, K, BK, SPLITS)
+        fetch_ahead(w_ptr, n + INNER, split, K, BK, SPLITS)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
     present = m < M
-    gate, up = tile_product(x_ptr, present, w_ptr, n, n + INNER, split, K, BM, R, BK, SPLITS, True, STAGES)
-    gate, up, last = add_splits(gate, up, part_ptr, arrived_ptr, tile, split, BM, R, SPLITS, True)
+    follow(PDL)
+    factor = norm_factor(squares_ptr, m, present, eps, PARTS, K, ROWS)[None, :]
+    gate, up = tile_product(x_ptr, m, present, w_ptr, n, n + INNER, split, K, BM, R, BK, SPLITS, True, STAGES)
+    gate, up, last = add_splits(gate, up, part_ptr, arrived_ptr, split, BM, R, SPLITS, True)
     if last:
-        factor = norm_factor(squares_ptr, m, present, eps, PARTS, K, ROWS)[None, :]
         gate *= factor
         up *= factor
         out = (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty)
@@ -80,12 +78,11 @@ def gate_up_tiles(
     stream: Stream, weight: torch.Tensor, out: torch.Tensor, *, eps: float, tiles: TensorTiles, pdl: bool, space: TileSpace
 ) -> None:
     """The same from a residual stream that is scaled for this norm; tiles.rows counts rows of one half."""
-    inner, size = weight.shape[0] // 2, weight.shape[1]
-    assert inner % tiles.rows == 0 and weight.is_contiguous() and out.is_contiguous()
-    _tile_kernel[(inner // tiles.rows, tiles.splits)](
-        stream.scaled, stream.squares, weight, out, space.part, space.arrived, eps, M=out.shape[0], BM=columns(out.shape[0]),
-        INNER=inner, K=size, R=tiles.rows, BK=tiles.chunk, SPLITS=tiles.splits, STAGES=tiles.stages, PARTS=stream.parts,
-        ROWS=stream.rows, PDL=pdl, num_warps=tiles.warps, **launch_options(pdl))  # fmt: skip
+    inner, size, count = weight.shape[0] // 2, weight.shape[1], out.shape[0]
+    assert weight.is_contiguous() and out.is_contiguous()
+    _tile_kernel[tiles.grid(inner, count)](
+        stream.scaled, stream.squares, weight, out, space.part, space.arrived, eps, INNER=inner, K=size, PARTS=stream.parts,
+        ROWS=stream.rows, PDL=pdl, **tiles.options(count, **launch_options(pdl)))  # fmt: skip
 
 
 def gate_up_torch(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, eps: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from model_core.kernels.decode.products import RowTiles, dot_rows, follow, launch_options, load_rows, load_x
-from model_core.kernels.decode.tiles import AHEAD, Stream, TensorTiles, columns, fetch_ahead, norm_factor, tile_product
+from model_core.kernels.decode.tiles import Stream, TensorTiles, fetch_ahead, norm_factor, tile_product
 from model_core.kernels.runtime import cdiv, jit, tl
 
 
@@ -27,17 +27,17 @@ def _kernel(
 def _tile_kernel(
     x_ptr, squares_ptr, w_ptr, out_ptr, eps,
     M: tl.constexpr, BM: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
-    STAGES: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * R + tl.arange(0, R)
+    n = tl.program_id(1) * R + tl.arange(0, R)
     if PDL:
-        fetch_ahead(w_ptr, n, 0, K, R, AHEAD)
-    follow(PDL)
-    m = tl.arange(0, BM)
+        fetch_ahead(w_ptr, n, 0, K, BK, 1)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
     present = m < M
-    acc, _ = tile_product(x_ptr, present, w_ptr, n, n, 0, K, BM, R, BK, 1, False, STAGES)
-    acc *= norm_factor(squares_ptr, m, present, eps, PARTS, K, ROWS)[None, :]
-    tl.store(out_ptr + m.to(tl.int64)[None, :] * N + n[:, None], acc, mask=present[None, :])
+    follow(PDL)
+    factor = norm_factor(squares_ptr, m, present, eps, PARTS, K, ROWS)
+    acc, _ = tile_product(x_ptr, m, present, w_ptr, n, n, 0, K, BM, R, BK, SPLITS, False, STAGES)
+    tl.store(out_ptr + m.to(tl.int64)[None, :] * N + n[:, None], acc * factor[None, :], mask=present[None, :])
 
 
 def head(
@@ -56,11 +56,11 @@ def head_tiles(
 ) -> None:
     """The same from a residual stream that is scaled for the final norm; tiles.splits is 1."""
     size, width = weight.shape
-    assert size % tiles.rows == 0 and weight.is_contiguous() and logits.is_contiguous() and tiles.splits == 1
-    _tile_kernel[(size // tiles.rows,)](
-        stream.scaled, stream.squares, weight, logits, eps, M=logits.shape[0], BM=columns(logits.shape[0]), N=size, K=width,
-        R=tiles.rows, BK=tiles.chunk, STAGES=tiles.stages, PARTS=stream.parts, ROWS=stream.rows, PDL=pdl,
-        num_warps=tiles.warps, **launch_options(pdl))  # fmt: skip
+    count = logits.shape[0]
+    assert weight.is_contiguous() and logits.is_contiguous() and tiles.splits == 1
+    _tile_kernel[tiles.grid(size, count)](
+        stream.scaled, stream.squares, weight, logits, eps, N=size, K=width, PARTS=stream.parts, ROWS=stream.rows, PDL=pdl,
+        **tiles.options(count, **launch_options(pdl)))  # fmt: skip
 
 
 def head_torch(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, *, eps: float) -> None:

@@ -7,12 +7,10 @@ import torch
 from model_core.kernels.decode.embed import write_stream_torch
 from model_core.kernels.decode.products import RowTiles, dot_rows, follow, launch_options, load_rows, load_x
 from model_core.kernels.decode.tiles import (
-    AHEAD,
     Stream,
     TensorTiles,
     TileSpace,
     add_splits,
-    columns,
     fetch_ahead,
     tile_product,
     write_stream,
@@ -30,9 +28,9 @@ def _kernel(
     w = load_rows(w_ptr, n, K, BK, CHUNKS)
     follow(PDL)
     for m in tl.static_range(M):
-        x, _ = load_x(x_ptr + m * K, x_ptr, K, BK, CHUNKS, False, 0.0)
         base_row = tl.load(token_ptr + tl.load(rows_ptr + m)) if EMBED else m
-        base = tl.load(base_ptr + base_row * N + n).to(tl.float32)
+        base = tl.load(base_ptr + base_row * N + n).to(tl.float32)  # on its way while the product is computed
+        x, _ = load_x(x_ptr + m * K, x_ptr, K, BK, CHUNKS, False, 0.0)
         tl.store(out_ptr + m * N + n, (base + dot_rows(w, x, CHUNKS)).to(out_ptr.dtype.element_ty))
 
 
@@ -42,18 +40,18 @@ def _tile_kernel(
     M: tl.constexpr, BM: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
     SPLITS: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    tile, split = tl.program_id(0), tl.program_id(1)
-    n = tile * R + tl.arange(0, R)
+    n = tl.program_id(1) * R + tl.arange(0, R)
+    split = tl.program_id(2)
     if PDL:
-        fetch_ahead(w_ptr, n, split * (K // SPLITS), K, R, AHEAD)
-    follow(PDL)
-    m = tl.arange(0, BM)
+        fetch_ahead(w_ptr, n, split, K, BK, SPLITS)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
     present = m < M
-    acc, other = tile_product(x_ptr, present, w_ptr, n, n, split, K, BM, R, BK, SPLITS, False, STAGES)
-    acc, other, last = add_splits(acc, other, part_ptr, arrived_ptr, tile, split, BM, R, SPLITS, False)
+    follow(PDL)
+    acc, other = tile_product(x_ptr, m, present, w_ptr, n, n, split, K, BM, R, BK, SPLITS, False, STAGES)
+    base = tl.load(residual_ptr + m[None, :] * N + n[:, None], mask=present[None, :], other=0.0).to(tl.float32)
+    acc, other, last = add_splits(acc, other, part_ptr, arrived_ptr, split, BM, R, SPLITS, False)
     if last:
-        base = tl.load(residual_ptr + m[None, :] * N + n[:, None], mask=present[None, :], other=0.0).to(tl.float32)
-        write_stream(base + acc, m, n, tile, present, residual_ptr, scaled_ptr, squares_ptr, gain_ptr, N, ROWS)
+        write_stream(base + acc, m, n, tl.program_id(1), present, residual_ptr, scaled_ptr, squares_ptr, gain_ptr, N, ROWS)
 
 
 def project(
@@ -75,12 +73,12 @@ def project_tiles(
 ) -> None:  # fmt: skip
     """stream += x [M, K] @ weight [N, K].T, scaled for the norm of `gain` [N] that comes next."""
     size, width = weight.shape
-    assert size % tiles.rows == 0 and weight.is_contiguous() and x.is_contiguous()
+    count = x.shape[0]
+    assert weight.is_contiguous() and x.is_contiguous()
     stream.parts = size // tiles.rows
-    _tile_kernel[(stream.parts, tiles.splits)](
-        x, weight, gain, stream.residual, stream.scaled, stream.squares, space.part, space.arrived, M=x.shape[0],
-        BM=columns(x.shape[0]), N=size, K=width, R=tiles.rows, BK=tiles.chunk, SPLITS=tiles.splits, STAGES=tiles.stages,
-        ROWS=stream.rows, PDL=pdl, num_warps=tiles.warps, **launch_options(pdl))  # fmt: skip
+    _tile_kernel[tiles.grid(size, count)](
+        x, weight, gain, stream.residual, stream.scaled, stream.squares, space.part, space.arrived, N=size, K=width,
+        ROWS=stream.rows, PDL=pdl, **tiles.options(count, **launch_options(pdl)))  # fmt: skip
 
 
 def project_torch(

@@ -13,12 +13,10 @@ import torch
 from model_core.kernels.decode.products import RowTiles, dot_rows, follow, launch_options, load_rows, load_x
 from model_core.kernels.decode.state import DecodeState
 from model_core.kernels.decode.tiles import (
-    AHEAD,
     Stream,
     TensorTiles,
     TileSpace,
     add_splits,
-    columns,
     fetch_ahead,
     norm_factor,
     tile_product,
@@ -44,6 +42,8 @@ def _kernel(
     follow(PDL)
     for m in tl.static_range(M):
         slot = tl.load(rows_ptr + m)
+        page, offset, cos, sin = _place(slot, d, head, True, cos_sin_ptr, position_ptr, table_ptr, table_row, D, HEADS,
+                                        KV_HEADS, PAGE)  # fmt: skip
         x_row = tl.load(token_ptr + slot) if EMBED else m
         x, factor = load_x(x_ptr + x_row * K, gain_ptr, K, BK, CHUNKS, True, eps)
         a = dot_rows(low, x, CHUNKS) * factor
@@ -51,8 +51,8 @@ def _kernel(
         if BIAS:
             a += tl.load(bias_ptr + first).to(tl.float32)
             b += tl.load(bias_ptr + first + HALF).to(tl.float32)
-        _finish(a, b, m, d, head, slot, True, cos_sin_ptr, position_ptr, table_ptr, q_ptr, k_ptr, v_ptr, table_row,
-                k_page, k_slot, k_head, v_page, v_slot, v_head, D, HEADS, KV_HEADS, PAGE)  # fmt: skip
+        _store(a, b, m, d, head, page, offset, cos, sin, True, q_ptr, k_ptr, v_ptr, k_page, k_slot, k_head, v_page, v_slot,
+               v_head, D, HEADS, KV_HEADS)  # fmt: skip
 
 
 @jit
@@ -60,61 +60,71 @@ def _tile_kernel(
     x_ptr, squares_ptr, w_ptr, bias_ptr, cos_sin_ptr, rows_ptr, position_ptr, table_ptr, q_ptr, k_ptr, v_ptr,
     part_ptr, arrived_ptr, eps, table_row, k_page, k_slot, k_head, v_page, v_slot, v_head,
     M: tl.constexpr, BM: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
-    PAIRS: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, PAGE: tl.constexpr,
+    R: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, PAGE: tl.constexpr,
     BIAS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = D // 2
-    tile, split = tl.program_id(0), tl.program_id(1)
-    pair = tile * PAIRS + tl.arange(0, PAIRS)
-    head = tile * PAIRS // HALF
+    split = tl.program_id(2)
+    pair = tl.program_id(1) * R + tl.arange(0, R)
+    head = tl.program_id(1) * R // HALF
     d = pair % HALF
     first = head * D + d
     if PDL:
-        fetch_ahead(w_ptr, first, split * (K // SPLITS), K, PAIRS, AHEAD)
-        fetch_ahead(w_ptr, first + HALF, split * (K // SPLITS), K, PAIRS, AHEAD)
-    follow(PDL)
-    m = tl.arange(0, BM)
+        fetch_ahead(w_ptr, first, split, K, BK, SPLITS)
+        fetch_ahead(w_ptr, first + HALF, split, K, BK, SPLITS)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
     present = m < M
-    a, b = tile_product(x_ptr, present, w_ptr, first, first + HALF, split, K, BM, PAIRS, BK, SPLITS, True, STAGES)
-    a, b, last = add_splits(a, b, part_ptr, arrived_ptr, tile, split, BM, PAIRS, SPLITS, True)
+    follow(PDL)
+    slot = tl.load(rows_ptr + m, mask=present, other=0)
+    page, offset, cos, sin = _place(slot[None, :], d[:, None], head, present[None, :], cos_sin_ptr, position_ptr, table_ptr,
+                                    table_row, D, HEADS, KV_HEADS, PAGE)  # fmt: skip
+    factor = norm_factor(squares_ptr, m, present, eps, PARTS, K, ROWS)[None, :]
+    a, b = tile_product(x_ptr, m, present, w_ptr, first, first + HALF, split, K, BM, R, BK, SPLITS, True, STAGES)
+    a, b, last = add_splits(a, b, part_ptr, arrived_ptr, split, BM, R, SPLITS, True)
     if last:
-        slot = tl.load(rows_ptr + m, mask=present, other=0)
-        factor = norm_factor(squares_ptr, m, present, eps, PARTS, K, ROWS)[None, :]
         a *= factor
         b *= factor
         if BIAS:
             a += tl.load(bias_ptr + first).to(tl.float32)[:, None]
             b += tl.load(bias_ptr + first + HALF).to(tl.float32)[:, None]
-        _finish(a, b, m[None, :], d[:, None], head, slot[None, :], present[None, :], cos_sin_ptr, position_ptr, table_ptr,
-                q_ptr, k_ptr, v_ptr, table_row, k_page, k_slot, k_head, v_page, v_slot, v_head, D, HEADS, KV_HEADS,
-                PAGE)  # fmt: skip
+        _store(a, b, m[None, :], d[:, None], head, page, offset, cos, sin, present[None, :], q_ptr, k_ptr, v_ptr,
+               k_page, k_slot, k_head, v_page, v_slot, v_head, D, HEADS, KV_HEADS)  # fmt: skip
 
 
 @jit
-def _finish(
-    a, b, m, d, head, slot, present, cos_sin_ptr, position_ptr, table_ptr, q_ptr, k_ptr, v_ptr, table_row,
-    k_page, k_slot, k_head, v_page, v_slot, v_head,
+def _place(
+    slot, d, head, present, cos_sin_ptr, position_ptr, table_ptr, table_row,
     D: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Rotate the pairs (a, b) of `head` and store them; m, d, slot and present broadcast to their shape."""
-    HALF: tl.constexpr = D // 2
+    """Where a slot's new token lies (page, offset), and cos and sin of its position for pairs d; values are not rotated.
+
+    Three loads, each the next one's address: asked for before the product, they are there when it is done.
+    """
     position = tl.load(position_ptr + slot, mask=present, other=0)
     page = tl.load(table_ptr + slot * table_row + position // PAGE, mask=present, other=0).to(tl.int64)
-    if head < HEADS + KV_HEADS:
-        cos = tl.load(cos_sin_ptr + position * D + d)
-        sin = tl.load(cos_sin_ptr + position * D + HALF + d)
-        rotated = a * cos - b * sin
-        b = b * cos + a * sin
-        a = rotated
+    turned = present & (head < HEADS + KV_HEADS)
+    cos = tl.load(cos_sin_ptr + position * D + d, mask=turned, other=1.0)
+    sin = tl.load(cos_sin_ptr + position * D + D // 2 + d, mask=turned, other=0.0)
+    return page, position % PAGE, cos, sin
+
+
+@jit
+def _store(
+    a, b, m, d, head, page, offset, cos, sin, present, q_ptr, k_ptr, v_ptr, k_page, k_slot, k_head, v_page, v_slot, v_head,
+    D: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+):  # fmt: skip
+    """Rotate the pairs (a, b) of `head` and store them; m, d and present broadcast to their shape."""
+    rotated = a * cos - b * sin
+    b = b * cos + a * sin
     if head < HEADS:
         at = q_ptr + (m * HEADS + head) * D + d
     elif head < HEADS + KV_HEADS:
-        at = k_ptr + page * k_page + (position % PAGE) * k_slot + (head - HEADS) * k_head + d
+        at = k_ptr + page * k_page + offset * k_slot + (head - HEADS) * k_head + d
     else:
-        at = v_ptr + page * v_page + (position % PAGE) * v_slot + (head - HEADS - KV_HEADS) * v_head + d
+        at = v_ptr + page * v_page + offset * v_slot + (head - HEADS - KV_HEADS) * v_head + d
     # a dump slot's rows all write the same place; nobody reads it
-    tl.store(at, a.to(q_ptr.dtype.element_ty), mask=present)
-    tl.store(at + HALF, b.to(q_ptr.dtype.element_ty), mask=present)
+    tl.store(at, rotated.to(q_ptr.dtype.element_ty), mask=present)
+    tl.store(at + D // 2, b.to(q_ptr.dtype.element_ty), mask=present)
 
 
 def qkv(
@@ -128,13 +138,14 @@ def qkv(
     cos_sin float32 [context, D], caches [pages, page_size, Hkv, D] of any strides with the last 1.
     """
     size = weight.shape[1]
-    programs, shape = _shape(q, k_cache, weight, bias, tiles.rows // 2, pdl)
-    assert x.is_contiguous()
-    _kernel[(programs,)](
+    pairs, shape = _shape(q, k_cache, weight, bias, pdl)
+    each = tiles.rows // 2
+    assert x.is_contiguous() and q.shape[2] // 2 % each == 0
+    _kernel[(pairs // each,)](
         x, gain, weight, weight if bias is None else bias, cos_sin, rows, state.last_token, state.position,
         state.block_tables, q, k_cache, v_cache, eps, state.block_tables.stride(0), *k_cache.stride()[:3],
-        *v_cache.stride()[:3], BK=tiles.chunk, CHUNKS=cdiv(size, tiles.chunk), EMBED=embed, num_warps=tiles.warps,
-        **shape)  # fmt: skip
+        *v_cache.stride()[:3], M=q.shape[0], PAIRS=each, BK=tiles.chunk, CHUNKS=cdiv(size, tiles.chunk), EMBED=embed,
+        num_warps=tiles.warps, **shape)  # fmt: skip
 
 
 def qkv_tiles(
@@ -143,24 +154,25 @@ def qkv_tiles(
     pdl: bool, space: TileSpace,
 ) -> None:  # fmt: skip
     """The same from a residual stream that is scaled for this norm; tiles.rows counts pairs of rows."""
-    programs, shape = _shape(q, k_cache, weight, bias, tiles.rows, pdl)
-    _tile_kernel[(programs, tiles.splits)](
+    pairs, shape = _shape(q, k_cache, weight, bias, pdl)
+    assert q.shape[2] // 2 % tiles.rows == 0
+    _tile_kernel[tiles.grid(pairs, q.shape[0])](
         stream.scaled, stream.squares, weight, weight if bias is None else bias, cos_sin, rows, state.position,
         state.block_tables, q, k_cache, v_cache, space.part, space.arrived, eps, state.block_tables.stride(0),
-        *k_cache.stride()[:3], *v_cache.stride()[:3], BM=columns(q.shape[0]), BK=tiles.chunk, SPLITS=tiles.splits,
-        STAGES=tiles.stages, PARTS=stream.parts, ROWS=stream.rows, num_warps=tiles.warps, **shape)  # fmt: skip
+        *k_cache.stride()[:3], *v_cache.stride()[:3], PARTS=stream.parts, ROWS=stream.rows,
+        **tiles.options(q.shape[0], **shape))  # fmt: skip
 
 
 def _shape(
-    q: torch.Tensor, k_cache: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pairs: int, pdl: bool
+    q: torch.Tensor, k_cache: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pdl: bool
 ) -> tuple[int, dict[str, Any]]:
-    """Programs along the rows of W, and what both kernels are specialised on."""
-    count, heads, dim = q.shape
+    """Pairs of rows of W, and what both kernels are specialised on."""
+    _, heads, dim = q.shape
     page_size, kv_heads = k_cache.shape[1:3]
-    assert (dim // 2) % pairs == 0 and weight.is_contiguous() and q.is_contiguous()
-    return (heads + 2 * kv_heads) * dim // 2 // pairs, dict(
-        M=count, K=weight.shape[1], D=dim, HEADS=heads, KV_HEADS=kv_heads, PAIRS=pairs, PAGE=page_size,
-        BIAS=bias is not None, PDL=pdl, **launch_options(pdl))  # fmt: skip
+    assert weight.is_contiguous() and q.is_contiguous()
+    return (heads + 2 * kv_heads) * dim // 2, dict(
+        K=weight.shape[1], D=dim, HEADS=heads, KV_HEADS=kv_heads, PAGE=page_size, BIAS=bias is not None, PDL=pdl,
+        **launch_options(pdl))  # fmt: skip
 
 
 def qkv_torch(

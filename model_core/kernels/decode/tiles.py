@@ -11,18 +11,17 @@ next, and sums of squares per tile of columns; who reads it multiplies the plain
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from model_core.kernels.runtime import cdiv, jit, next_power_of_2, tl
 
-AHEAD = tl.constexpr(4)  # lines of 128 bytes of each row of W that a program asks for before its launch's wait
-
 
 @dataclass(frozen=True)
 class TensorTiles:
     """rows: rows of W per program (of each half where a program has pairs); chunk: columns per loop turn; splits: programs
-    along K; warps; stages: loads in flight."""
+    along K; warps; stages: loads in flight. Programs take up to 128 rows of x."""
 
     rows: int
     chunk: int
@@ -30,39 +29,54 @@ class TensorTiles:
     warps: int
     stages: int
 
+    def grid(self, out_rows: int, count: int) -> tuple[int, int, int]:
+        """Programs for `count` rows of x and `out_rows` rows of W (of each half). Those that share W run side by side."""
+        assert out_rows % self.rows == 0, (out_rows, self)
+        return cdiv(count, columns(count)), out_rows // self.rows, self.splits
+
+    def options(self, count: int, **more: Any) -> dict[str, Any]:
+        """What every tile kernel is specialised on, for `count` rows of x."""
+        return dict(M=count, BM=columns(count), R=self.rows, BK=self.chunk, SPLITS=self.splits, STAGES=self.stages,
+                    num_warps=self.warps, **more)  # fmt: skip
+
 
 def columns(rows: int) -> int:
-    """Columns of the accumulator for that many rows of x: at least 8 (one tensor-core instruction's width)."""
-    return max(8, next_power_of_2(rows))
+    """Columns of an accumulator for that many rows of x: at least 8 (one tensor-core instruction's width)."""
+    return min(128, max(8, next_power_of_2(rows)))
 
 
 @jit
-def fetch_ahead(w_ptr, n, begin, K: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr):
-    """Ask for columns begin.. of rows n [BN] of W to be brought into L2: WIDTH lines of 128 bytes each.
+def fetch_ahead(w_ptr, n, split, K: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr):
+    """Ask for this program's share of rows n [BN] of W to be brought into L2.
 
-    Before the wait of a chained launch this overlaps with the kernel before (a pipelined loop can only start after it).
+    Done before the wait of a chained launch: W streams in while the kernel before, or the two before, still run. (The
+    pipelined loop itself can only start after the wait: the compiler would move the loads of x above it.)
     """
-    line = begin + tl.arange(0, WIDTH) * 64
-    at = w_ptr + n.to(tl.int64)[:, None] * K + tl.minimum(line, K - 1)[None, :]
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1)
+    SHARE: tl.constexpr = (K + SPLITS * BK - 1) // (SPLITS * BK) * BK
+    LINES: tl.constexpr = 16  # of 128 bytes each per turn
+    for first in tl.static_range(0, SHARE, LINES * 64):
+        column = split * SHARE + first + tl.arange(0, LINES) * 64
+        at = w_ptr + n.to(tl.int64)[:, None] * K + tl.minimum(column, K - 1)[None, :]
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False,
+                                  pack=1)  # fmt: skip
 
 
 @jit
 def tile_product(
-    x_ptr, present, w_ptr, n, other_n, split,
+    x_ptr, m, present, w_ptr, n, other_n, split,
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, PAIR: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """(W[n] @ x.T, W[other_n] @ x.T if PAIR) over this split's share of K, float32 [BN, BM].
 
-    x [BM, K] where `present`; n, other_n [BN]: rows of W.
+    x [.., K] at rows m [BM] where `present`; n, other_n [BN]: rows of W.
     """
     SHARE: tl.constexpr = (K + SPLITS * BK - 1) // (SPLITS * BK) * BK
     k0 = tl.arange(0, BK)
     acc = tl.zeros([BN, BM], tl.float32)
     other = tl.zeros([BN, BM], tl.float32)
     begin = split * SHARE
-    x_at = x_ptr + tl.arange(0, BM)[None, :] * K + k0[:, None]
+    x_at = x_ptr + m[None, :] * K + k0[:, None]
     w_at = w_ptr + n.to(tl.int64)[:, None] * K + k0[None, :]
     other_at = w_ptr + other_n.to(tl.int64)[:, None] * K + k0[None, :]
     for turn in tl.range(0, SHARE // BK, num_stages=STAGES):
@@ -86,12 +100,12 @@ def tile_product(
 
 @jit
 def add_splits(
-    acc, other, part_ptr, arrived_ptr, tile, split, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
-    PAIR: tl.constexpr,
+    acc, other, part_ptr, arrived_ptr, split, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, PAIR: tl.constexpr
 ):
     """The sums over all splits, and whether this program is the one that has them (True without splits)."""
     if SPLITS == 1:
         return acc, other, True
+    tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     SIZE: tl.constexpr = BN * BM * (2 if PAIR else 1)
     inside = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
     base = part_ptr + (tile * SPLITS).to(tl.int64) * SIZE
@@ -136,11 +150,12 @@ class TileSpace:
         self.arrived = torch.zeros(max(1, tiles), dtype=torch.int32, device=device)
 
     @staticmethod
-    def floats(out_rows: int, columns: int, tiles: TensorTiles, *, pair: bool) -> int:
-        """What a product of `out_rows` rows of W (of each half) for `columns` rows of x needs."""
+    def needs(out_rows: int, count: int, tiles: TensorTiles, *, pair: bool) -> tuple[int, int]:
+        """(floats, tiles) of a product of `out_rows` rows of W (of each half) for `count` rows of x."""
         if tiles.splits == 1:
-            return 0
-        return cdiv(out_rows, tiles.rows) * tiles.splits * tiles.rows * columns * (2 if pair else 1)
+            return 0, 0
+        across, along, splits = tiles.grid(out_rows, count)
+        return across * along * splits * tiles.rows * columns(count) * (2 if pair else 1), across * along
 
 
 class Stream:
