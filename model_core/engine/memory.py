@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model_core.engine.config import EngineConfig
+from model_core.engine.validate import MAX_LOGIT_BIAS
 from model_core.errors import OutOfMemory
 from model_core.model.config import ModelConfig
 
 GIB = 1 << 30
+_FEWEST_PAGES = 3  # the dump page, one to compute on and one to grow into
+_LOGIT_BYTES = 50  # per logit of a step that samples: 40 at peak, 48 with log-probabilities; most of it is Philox's int64 words
 _CUDA_CONTEXT = 600 << 20  # driver context, cuBLAS workspaces and loaded kernels: 480 to 560 MiB seen on an H100
 
 
@@ -61,15 +64,15 @@ def plan_memory(model: ModelConfig, engine: EngineConfig, *, device: str, elemen
                 max_seqs: int, max_batch_tokens: int, available: int) -> Ledger:
     """Divide `available` bytes. Raises OutOfMemory, with the ledger and the number to set, if no sequence would fit.
 
-    Peaks are those of the widest step: `max_batch_tokens` rows through a layer, `max_seqs` rows of float32 logits
-    (raw, processed, and one sorted copy with int64 indices while top-p is in use). On the CPU float32 weights are kept
-    packed for decoding beside the original for prefill (kernels/linear.py), hence twice.
+    Peaks are those of the widest step: `max_batch_tokens` rows through a layer, `max_seqs` rows of logits with all that
+    choosing from them takes.
     """
-    weights = model.num_parameters * element_bytes * (2 if device == "cpu" and element_bytes == 4 else 1)
+    longest = engine.context_length or model.context_length
+    weights = _weight_bytes(model, device, element_bytes) + longest * model.head_dim * 4  # and the rotary table
     row = 4 * model.hidden_size + 2 * (model.q_size + 2 * model.kv_size) + 3 * model.intermediate_size
     activations = max_batch_tokens * row * max(element_bytes, 4)
-    logits = max_seqs * model.vocab_size * (4 + 4 + 4 + 8)
-    sampler = max_seqs * model.vocab_size * 4
+    logits = max_seqs * model.vocab_size * _LOGIT_BYTES
+    sampler = max_seqs * (model.vocab_size * 4 + MAX_LOGIT_BIAS * 12)
     runtime = _CUDA_CONTEXT if device == "cuda" else 256 << 20
     fixed = weights + activations + logits + sampler + runtime
     page_bytes = model.kv_bytes_per_token(kv_element_bytes) * engine.page_size
@@ -81,15 +84,26 @@ def plan_memory(model: ModelConfig, engine: EngineConfig, *, device: str, elemen
             wanted = min(wanted, available // 4, 2 * GIB)
     # No sequence can be longer than the context, so more pages than max_seqs full contexts (plus the dump page and
     # one page of slack each) would never be used.
-    longest = engine.context_length or model.context_length
     useful = max_seqs * (-(-longest // engine.page_size) + 1) + 1
     ledger = Ledger(available, weights, activations, logits, sampler, runtime, page_bytes,
                     max(0, min(wanted // page_bytes, useful)))
-    if ledger.total > available or ledger.num_pages < 3:
-        short = max(ledger.total - available, 3 * page_bytes - max(0, wanted))
-        raise OutOfMemory(
-            f"The model does not fit: {ledger}; {short / GIB:.2f} GiB short. Set kv_cache_bytes to at most "
-            f"{max(0, available - fixed)} (now {engine.kv_cache_bytes}), lower max_batch_tokens (now "
-            f"{max_batch_tokens}) or max_seqs (now {max_seqs}), use a smaller dtype or model"
-            + (", or raise gpu_memory_fraction." if device == "cuda" else ", or free memory."))
+    if ledger.total > available or ledger.num_pages < _FEWEST_PAGES:
+        room, least = available - fixed, _FEWEST_PAGES * page_bytes
+        short = max(ledger.total - available, least - max(0, wanted))
+        pool = f"Set kv_cache_bytes to at most {room} and at least {least} (now {engine.kv_cache_bytes}), or " * (room >= least)
+        advice = (f"{pool}lower max_batch_tokens (now {max_batch_tokens}) or max_seqs (now {max_seqs}), use a smaller dtype or "
+                  f"model, or {'raise gpu_memory_fraction' if device == 'cuda' else 'free memory'}.")
+        raise OutOfMemory(f"The model does not fit: {ledger}; {short / GIB:.2f} GiB short. {advice[0].upper()}{advice[1:]}")
     return ledger
+
+
+def _weight_bytes(model: ModelConfig, device: str, element_bytes: int) -> int:
+    """On the CPU (kernels/linear.py) float32 matrices are kept packed for decoding beside the original for prefill; 16-bit
+    ones only packed, so that a tied head is a copy of the embedding."""
+    embedding = model.vocab_size * model.hidden_size
+    copied = 0
+    if device == "cpu" and element_bytes == 4:
+        copied = model.num_parameters - (0 if model.tie_embeddings else embedding)
+    elif device == "cpu" and model.tie_embeddings:
+        copied = embedding
+    return (model.num_parameters + copied) * element_bytes
