@@ -68,7 +68,7 @@ def test_weights_pages_and_sampler_take_what_was_predicted(checkpoint_dirs, orac
     ledger, runner = parts.ledger, parts.runner
     state = [table for table in vars(runner.sampler).values() if isinstance(table, torch.Tensor)]
     assert ledger.pages == runner.kv.nbytes <= 140_000 < ledger.pages + ledger.page_bytes
-    assert runner.model.nbytes == pytest.approx(ledger.weights, rel=0.02)
+    assert runner.model.nbytes == pytest.approx(ledger.weights, rel=0.03)
     assert sum(table.nbytes for table in state) == pytest.approx(ledger.sampler, rel=0.01)
 
 
