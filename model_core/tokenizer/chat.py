@@ -17,6 +17,7 @@ from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
 
 from model_core.errors import RequestError
 from model_core.tokenizer.split import Splitter
@@ -101,18 +102,27 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _Joins(NodeTransformer):
+    """a ~ b as a call of _join: the one operator that the sandbox cannot intercept."""
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Call:
+        self.generic_visit(node)
+        return nodes.Call(nodes.Name("_join", "load"), node.nodes, [], None, None, lineno=node.lineno)
+
+
 class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "*", "**"})
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         self.filters["tojson"] = _to_json
+        self.globals["_join"] = _join
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         # Every loop round and macro call looks at the clock: neither can run away without writing anything.
-        tree = super()._parse(source, name, filename)
+        tree = _Joins().visit(super()._parse(source, name, filename))
         for node in tree.find_all((nodes.For, nodes.Macro)):
             assert isinstance(node, (nodes.For, nodes.Macro))
             node.body.insert(0, nodes.ExprStmt(nodes.Call(nodes.Name("_tick", "load"), [], [], None, None)))
@@ -137,6 +147,12 @@ class _Environment(ImmutableSandboxedEnvironment):
 def _check_size(size: int) -> None:
     if size > MAX_RENDERED_CHARS:
         raise TemplateError(f"a value exceeds {MAX_RENDERED_CHARS} characters or items")
+
+
+def _join(*parts: Any) -> str:
+    texts = [str(part) for part in parts]
+    _check_size(sum(map(len, texts)))
+    return "".join(texts)
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None,

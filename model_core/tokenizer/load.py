@@ -75,17 +75,24 @@ def _sentencepiece(path: Path) -> Codec:
 def _chat_template(path: Path, config: dict[str, Any], named: dict[str, str]) -> ChatTemplate | None:
     """chat_template.jinja wins over tokenizer_config.json, that over chat_template.json."""
     file = path / "chat_template.jinja"
-    found = config.get("chat_template") or _json(path / "chat_template.json").get("chat_template")
-    templates: dict[str, str] = {}
+    found = config.get("chat_template") or _json(path / "chat_template.json").get("chat_template") or {}
     if isinstance(found, str):
-        templates = {"default": found}
-    elif isinstance(found, list):
-        templates = {one["name"]: one["template"] for one in found}
-    elif isinstance(found, dict):
-        templates = found
+        found = {"default": found}
+    elif isinstance(found, list) and all(isinstance(one, dict) for one in found):
+        found = {one.get("name"): one.get("template") for one in found}
+    templates = _checked(found, path)
     if file.is_file():
-        templates = {**templates, "default": file.read_text(encoding="utf-8")}
+        try:
+            templates = {**templates, "default": file.read_text(encoding="utf-8")}
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{file}: not UTF-8 text ({error})") from None
     return ChatTemplate(templates, named) if templates else None
+
+
+def _checked(templates: Any, origin: Path) -> dict[str, str]:
+    if isinstance(templates, dict) and all(isinstance(text, str) for pair in templates.items() for text in pair):
+        return templates
+    raise CheckpointError(f"{origin}: its chat_template is neither text nor texts by name")
 
 
 def _from_gguf(path: Path) -> Tokenizer:
@@ -124,8 +131,8 @@ def _from_gguf(path: Path) -> Tokenizer:
     named = {name: tokens[i] for name, key in keys.items() if (i := declared(key)) is not None}
     templates = {"default": metadata["tokenizer.chat_template"]} if "tokenizer.chat_template" in metadata else {}
     for name in metadata.get("tokenizer.chat_templates", []):
-        templates[name] = metadata[f"tokenizer.chat_template.{name}"]
-    return Tokenizer(codec, ChatTemplate(templates, named) if templates else None)
+        templates[name] = metadata.get(f"tokenizer.chat_template.{name}")
+    return Tokenizer(codec, ChatTemplate(_checked(templates, path), named) if templates else None)
 
 
 def _gguf_bpe(meta: dict[str, Any], tokens: list[str], kinds: list[int]) -> Codec:
