@@ -24,8 +24,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--no-kv-cache", action="store_true",
                         help="recompute the whole sequence for every token, greedily, for comparison")  # fmt: skip
     options = parser.parse_args(argv)
-    if options.no_kv_cache and options.temperature:
-        parser.error("--no-kv-cache decodes greedily: leave out --temperature")
+    if options.no_kv_cache and (options.temperature or options.repetition_penalty != 1):
+        parser.error("--no-kv-cache decodes greedily: leave out --temperature and --repetition-penalty")
 
     local = opt.local_model(options)
     config = opt.engine_config(options, max_seqs=1)

@@ -13,7 +13,9 @@ from typing import Any
 
 from model_core.engine.config import EngineConfig
 from model_core.engine.engine import Engine
+from model_core.engine.plan import check_request
 from model_core.engine.request import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
+from model_core.engine.validate import validate
 from model_core.errors import EngineDead, RequestError
 from model_core.tokenizer.detokenizer import Detokenizer
 from model_core.tokenizer.load import load_tokenizer
@@ -74,6 +76,8 @@ class LLM:
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts but {len(each)} sampling params: give one, or one per prompt")
         streams = [_Stream(self, self.encode(prompt), one, stop) for prompt, one in zip(prompts, each, strict=True)]
+        for stream in streams:
+            stream.check()
         try:
             for stream in streams:
                 stream.start()
@@ -148,6 +152,12 @@ class _Stream:
         self._text = Detokenizer(llm.tokenizer, stop=stop, prompt_ids=prompt_ids)
         self._key: str | None = None
         self._ended = False
+
+    def check(self) -> None:
+        """Raises RequestError if it can never be served."""
+        parts, request = self._llm.engine.parts, Request("check", self._prompt_ids, self._params)
+        validate(request, parts.model.vocab_size)
+        check_request(request, parts.limits, parts.scheduler.pool)
 
     def start(self) -> None:
         self._key, self._events = self._llm._submit(self._prompt_ids, self._params)
