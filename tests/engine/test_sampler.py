@@ -184,17 +184,18 @@ def test_high_halves_of_seeds_count():
 # ---- cuts -------------------------------------------------------------------------------------------------------------
 
 
-def support(logits: torch.Tensor, params: SamplingParams, monkeypatch: pytest.MonkeyPatch) -> set[int]:
-    """Tokens that can be drawn: row r gets the largest noise there is for token r, the least for all others.
+def supports(logits: torch.Tensor, *params: SamplingParams) -> list[set[int]]:
+    """For each of the params, all in one step, the tokens that can be drawn.
 
-    They are 19 apart, so logits that are closer than that decide nothing.
+    One row per token gets the largest noise there is for it and the least for all others. They are 19 apart, so logits
+    that are closer than that decide nothing.
     """
     size = len(logits)
-    pushed = torch.full((size, size), 2.0**-24).fill_diagonal_(1 - 2.0**-24)
-    with monkeypatch.context() as patch:
+    pushed = torch.full((size, size), 2.0**-24).fill_diagonal_(1 - 2.0**-24).repeat(len(params), 1)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampler_module, "uniform", lambda seeds, positions, count: pushed.clone())
-        drawn = sample(logits.repeat(size, 1), params).tokens.tolist()
-    return {token for token, found in enumerate(drawn) if token == found}
+        drawn = sample(logits.repeat(len(params) * size, 1), [one for one in params for _ in range(size)]).tokens
+    return [set(part[part == torch.arange(size)].tolist()) for part in drawn.split(size)]
 
 
 cuts = st.builds(
@@ -204,16 +205,15 @@ cuts = st.builds(
 
 
 @settings(many, max_examples=300)
-@given(logits=st.lists(st.integers(-20, 20).map(lambda n: n / 4), min_size=1, max_size=12), params=cuts)
+@given(st.lists(st.integers(-20, 20).map(lambda n: n / 4), min_size=1, max_size=12), st.lists(cuts, min_size=1, max_size=4))
 def test_the_support_is_that_of_plain_python(logits, params):
-    """Logits on a grid: ties are common, at the edge of a cut too."""
-    wanted = {token for token, share in enumerate(probabilities(logits, params)) if share}
-    with pytest.MonkeyPatch.context() as patch:
-        assert support(torch.tensor(logits), params, patch) == wanted
+    """Logits on a grid: ties are common, at the edge of a cut too. Rows of one step with different cuts."""
+    wanted = [{token for token, share in enumerate(probabilities(logits, one)) if share} for one in params]
+    assert supports(torch.tensor(logits), *params) == wanted
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_the_support_is_that_of_transformers(seed, monkeypatch):
+def test_the_support_is_that_of_transformers(seed):
     """Logits without ties; the vocabulary is large enough for both ways of finding the k best."""
     from transformers.generation import logits_process as theirs
 
@@ -228,7 +228,7 @@ def test_the_support_is_that_of_transformers(seed, monkeypatch):
         wanted = theirs.TopPLogitsWarper(params.top_p)(None, wanted)
     if params.min_p:
         wanted = theirs.MinPLogitsWarper(params.min_p)(None, wanted)
-    assert support(logits[0], params, monkeypatch) == set(wanted[0].isfinite().nonzero()[:, 0].tolist())
+    assert supports(logits[0], params) == [set(wanted[0].isfinite().nonzero()[:, 0].tolist())]
 
 
 def test_top_k_1_and_top_p_0_are_greedy():
@@ -266,8 +266,10 @@ some_ids = st.lists(st.integers(0, 9), max_size=8)
 
 
 @settings(many, max_examples=300)
-@given(st.lists(st.floats(-3, 3, width=32), min_size=10, max_size=10), penalties, some_ids, some_ids)
-def test_penalties_are_those_of_plain_python(logits, params, prompt, output):
+@given(st.lists(st.floats(-3, 3, width=32), min_size=10, max_size=10), st.sampled_from([0, 4]), penalties, some_ids, some_ids)
+def test_penalties_are_those_of_plain_python(logits, down, params, prompt, output):
+    """Of both signs, and all negative."""
+    logits = [value - down for value in logits]
     wanted = penalised(logits, params, [0, *prompt], output)
     best, second = sorted(wanted)[:-3:-1]
     assume(best - second > 1e-5)
@@ -279,6 +281,7 @@ def test_repetition_penalty_is_that_of_transformers():
     from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
     logits, changed = noise(300, 20, 1) / 3, 0
+    logits[::2] -= 5.0  # a repetition penalty makes negative ones more so
     prompts = {row: random.Random(row).choices(range(20), k=1 + row % 30) for row in range(300)}
     for penalty in (0.7, 1.3, 2.0):
         found = sample(logits, SamplingParams(temperature=0.0, repetition_penalty=penalty), prompts=prompts).tokens
@@ -423,4 +426,5 @@ def test_a_reused_slot_forgets_bias_and_counts():
     used = Sampler(1, 50, torch.device("cpu"))
     for params, token in ((dict(logit_bias={7: 50.0, 8: 40.0}, frequency_penalty=2.0), 7), (dict(logit_bias={3: 1.0}), 3),
                           (dict(frequency_penalty=-2.0, presence_penalty=-2.0), 0)):  # fmt: skip
-        assert sample(torch.zeros(1, 50), [SamplingParams(temperature=0.0, **params)], sampler=used).tokens.item() == token
+        params = [SamplingParams(temperature=0.0, **params)]
+        assert sample(torch.zeros(1, 50), params, sampler=used, prompts={0: [20]}).tokens.item() == token
