@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 
+from model_core.model.config import ModelConfig
+from model_core.model.parameters import Parameters
+
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": dict(
         hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -50,7 +53,6 @@ def write_model(shape: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16
     """Write the model of `shape` into `folder`; weights are normal with standard deviation 0.02, norms are 1."""
     from safetensors.torch import save_file
 
-    from model_core.model.config import ModelConfig
     from model_core.weights.load import expected_shapes
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,6 +69,18 @@ def write_model(shape: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     _write_tokenizer(folder, config["vocab_size"])
     return folder
+
+
+def random_parameters(config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> Parameters:
+    """Weights of a model's shape that never were in a file: normal with standard deviation 0.02, norms 1."""
+    generator = torch.Generator(device).manual_seed(seed)
+    parameters = Parameters.empty(config, dtype=dtype, device=device)
+    for tensor in parameters.tensors():
+        if tensor.dim() == 1:
+            tensor.fill_(1.0)
+        else:
+            tensor.normal_(0.0, 0.02, generator=generator)
+    return parameters
 
 
 def _write_tokenizer(folder: Path, vocab_size: int) -> None:

@@ -28,7 +28,7 @@ class Ops:
             raise ConfigError(f"dispatch threshold must be >= 0 tokens, got {threshold}")
         self.device = torch.device(device)
         self.threshold = threshold
-        overrides = dict(overrides or {})
+        self.overrides = overrides = dict(overrides or {})
         for op, choice in overrides.items():
             _check_name("op", op, (*OPS, "default"))
             _check_name(f"implementation for {op}", choice, (*IMPLEMENTATIONS, "auto"))
@@ -53,6 +53,17 @@ class Ops:
             # kernels.md 3: triton 3.6 turns tl.dot into scalar multiplications there.
             return only("torch", "no tensor-core tl.dot below compute capability 8.0")
         return by_threshold(op, self.threshold)
+
+    def captured(self) -> Ops | None:
+        """The choices inside captured graphs, where a launch costs no host time and fusion always wins (measured:
+        benchmarks/results, kernels): Triton unless overridden. None if attention's reference is asked for: it looks at the
+        batch on the host."""
+        wanted = {"default": "triton", **{op: choice for op, choice in self.overrides.items() if choice != "auto"}}
+        if wanted.get("paged_attention", wanted["default"]) == "torch" or runtime.why_unusable(self.device):
+            return None
+        if self.tables["paged_attention"].choose(1 << 40) == "torch":
+            return None
+        return Ops(self.device, overrides=wanted)
 
     def rmsnorm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x [..., H] (a [T, heads, D] view for per-head norms) -> same shape."""

@@ -27,6 +27,9 @@ class EngineConfig:
         context_length: longest prompt + output; None is the model's own, reduced to what the pool can hold.
         prefix_cache: keep pages of finished prompts for requests that begin the same way.
         kernels: implementation by op name, e.g. {"rmsnorm": "torch"}; "default" for all ops.
+        cuda_graphs: steps on a GPU are captured graphs; False launches every op by itself (for debugging).
+        capture_at_start: capture all graphs before the engine is ready instead of when it is idle or needs them.
+        pdl: chain the launches inside decode graphs (Hopper); without it tokens are the same bits, later.
         threads: CPU threads of torch; None leaves torch's choice.
         seed: base of the seeds given to requests that bring none.
     """
@@ -41,6 +44,9 @@ class EngineConfig:
     context_length: int | None = None
     prefix_cache: bool = True
     kernels: dict[str, str] = field(default_factory=dict)
+    cuda_graphs: bool = True
+    capture_at_start: bool = False
+    pdl: bool = True
     threads: int | None = None
     seed: int = 0
 

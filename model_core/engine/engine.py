@@ -104,7 +104,7 @@ class Engine:
 
     def dispatch_table(self) -> list[dict[str, Any]]:
         """Which implementation runs for which op and shape, and why."""
-        return self.parts.ops.explain()
+        return self.parts.runner.explain()
 
     def shutdown(self) -> None:
         """Stop after the step in flight; live requests end with finish "abort"."""
@@ -120,7 +120,7 @@ class Engine:
         try:
             while not self._stopping:
                 idle = not (self.parts.scheduler.has_work or flights)
-                self._read_inbox(wait=idle)
+                self._read_inbox(wait=idle and not self._prepare())
                 self._turn(flights)
                 self._flush()
         except BaseException as error:  # the last line of defence: say it, end every request, let the health check see
@@ -135,6 +135,11 @@ class Engine:
         for request_id in [*self.parts.scheduler.reasons(), *unread]:
             self._events.append(TokenEvent(request_id, [], reason, error=self.failure and f"engine: {self.failure}"))
         self._flush()
+
+    def _prepare(self) -> bool:
+        """Use an idle moment; requests are looked at between two pieces of such work."""
+        self.stage = "preparing"
+        return self._inbox.empty() and self.parts.runner.prepare()
 
     def _read_inbox(self, wait: bool) -> None:
         self.stage = "idle" if wait else "reading requests"

@@ -15,9 +15,10 @@ import torch
 from model_core.cache.pages import PagePool
 from model_core.dispatch.ops import Ops
 from model_core.engine.config import EngineConfig
+from model_core.engine.graph_runner import GraphRunner
 from model_core.engine.memory import Ledger, available_host_memory, plan_memory
 from model_core.engine.plan import Limits
-from model_core.engine.runner import Runner
+from model_core.engine.runner import Runner, StepRunner
 from model_core.engine.scheduler import Scheduler
 from model_core.errors import ConfigError
 from model_core.model.config import ModelConfig
@@ -41,7 +42,7 @@ class Parts:
     limits: Limits
     ledger: Ledger
     ops: Ops
-    runner: Runner
+    runner: StepRunner
     scheduler: Scheduler
     startup: list[tuple[str, float]] = field(default_factory=list)
 
@@ -106,12 +107,21 @@ def assemble(model: ModelConfig, parameters: Parameters, config: EngineConfig, p
     with _timed("KV pool", startup):
         kv = KVCache.empty(model, placed.ledger.num_pages, config.page_size, llama.dtype, placed.device)
         pool = PagePool(placed.ledger.num_pages, config.page_size, prefix_cache=config.prefix_cache)
-        runner = Runner(llama, kv, placed.limits, config.page_size, placed.device)
+        runner = _runner(llama, ops, kv, placed, config)
     with _timed("warm-up", startup):
         runner.warm_up(placed.limits.max_batch_tokens)
     scheduler = Scheduler(pool, placed.limits, eos_ids=model.eos_ids)
     logger.info("start-up: %s", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in startup))
     return Parts(model, placed.dtype, placed.device, placed.limits, placed.ledger, ops, runner, scheduler, startup)
+
+
+def _runner(model: Llama, ops: Ops, kv: KVCache, placed: Placement, config: EngineConfig) -> StepRunner:
+    """Captured graphs on a GPU, unless the configuration wants ops one by one or attention's reference."""
+    captured = ops.captured() if config.cuda_graphs and placed.device.type == "cuda" else None
+    if captured is None:
+        return Runner(model, kv, placed.limits, config.page_size, placed.device)
+    return GraphRunner(model, captured, kv, placed.limits, config.page_size, placed.device, pdl=config.pdl,
+                       capture_at_start=config.capture_at_start)  # fmt: skip
 
 
 def _set_threads(config: EngineConfig, device: torch.device) -> None:

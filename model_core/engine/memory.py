@@ -9,6 +9,7 @@ from pathlib import Path
 from model_core.engine.config import EngineConfig
 from model_core.engine.validate import MAX_LOGIT_BIAS
 from model_core.errors import OutOfMemory
+from model_core.kernels.decode.attention import MAX_SPLITS
 from model_core.model.config import ModelConfig
 
 GIB = 1 << 30
@@ -73,6 +74,8 @@ def plan_memory(model: ModelConfig, engine: EngineConfig, *, device: str, elemen
     activations = max_batch_tokens * row * max(element_bytes, 4)
     logits = max_seqs * model.vocab_size * _LOGIT_BYTES
     sampler = max_seqs * (model.vocab_size * 4 + MAX_LOGIT_BIAS * 12)
+    if device == "cuda":
+        activations += _step_buffers(model, max_seqs, element_bytes)
     runtime = _CUDA_CONTEXT if device == "cuda" else 256 << 20
     fixed = weights + activations + logits + sampler + runtime
     page_bytes = model.kv_bytes_per_token(kv_element_bytes) * engine.page_size
@@ -95,6 +98,14 @@ def plan_memory(model: ModelConfig, engine: EngineConfig, *, device: str, elemen
                   f"model, or {'raise gpu_memory_fraction' if device == 'cuda' else 'free memory'}.")
         raise OutOfMemory(f"The model does not fit: {ledger}; {short / GIB:.2f} GiB short. {advice[0].upper()}{advice[1:]}")
     return ledger
+
+
+def _step_buffers(model: ModelConfig, max_seqs: int, element_bytes: int) -> int:
+    """Fixed buffers of captured steps (model/decode.py, engine/graphs.py): a row's vectors, its attention splits, logits."""
+    qkv, inner = model.q_size + 2 * model.kv_size, model.intermediate_size
+    vectors = 2 * model.hidden_size + 2 * model.q_size + inner + max(qkv, 2 * inner)
+    splits = MAX_SPLITS * model.num_heads * (model.head_dim + 2) * 4
+    return max_seqs * (vectors * element_bytes + splits) + (max_seqs + 64) * model.vocab_size * 4 + (64 << 20)
 
 
 def _weight_bytes(model: ModelConfig, device: str, element_bytes: int) -> int:

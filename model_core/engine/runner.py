@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,25 +17,65 @@ from model_core.model.llama import Llama
 
 
 @dataclass
+class Part:
+    """Rows of a step: `entries[i]` got row i of `sampled`, unless it does not sample."""
+
+    entries: list[Scheduled]
+    sampled: Sampled
+
+
+@dataclass
 class InFlight:
-    """A launched step. `collect` waits for the device; nothing before it does."""
+    """A launched step. `collect` waits for the device; nothing before it does. Of two parts that name a sequence the later
+    one counts."""
 
     plan: StepPlan
-    rows: list[Scheduled]  # the entries that sample, in the order of the sampled rows
-    sampled: Sampled | None
+    parts: list[Part]
     done: torch.cuda.Event | None
+
+    @property
+    def rows(self) -> list[Scheduled]:
+        """The entries that sample."""
+        return [entry for entry in self.plan.entries if entry.samples]
 
     def collect(self) -> tuple[dict[str, int], dict[str, TokenLogprobs]]:
         """Token id (-1: the logits were not finite) and, where asked for, log-probabilities, by request id."""
         if self.done is not None:
             self.done.synchronize()
-        if self.sampled is None:
-            return {}, {}
-        tokens = self.sampled.tokens.tolist()
-        ids = [entry.seq.request_id for entry in self.rows]
-        logprobs = {entry.seq.request_id: self.sampled.logprobs_of(row, entry.seq.request.params.logprobs)
-                    for row, entry in enumerate(self.rows) if entry.seq.request.params.logprobs is not None}
-        return dict(zip(ids, tokens, strict=True)), logprobs
+        tokens: dict[str, int] = {}
+        logprobs: dict[str, TokenLogprobs] = {}
+        for part in self.parts:
+            chosen = zip(part.entries, part.sampled.tokens.tolist(), strict=True)
+            tokens.update({entry.seq.request_id: token for entry, token in chosen if entry.samples})
+            if part.sampled.logprob is not None:
+                for row, (seq, *_) in enumerate(part.entries):
+                    if (count := seq.request.params.logprobs) is not None:
+                        logprobs[seq.request_id] = part.sampled.logprobs_of(row, count)
+        return tokens, logprobs
+
+
+class StepRunner(Protocol):
+    """What the engine needs of a runner."""
+
+    model: Llama
+    kv: KVCache
+    page_size: int
+
+    def launch(self, plan: StepPlan) -> InFlight:
+        """Enqueue one step on the device; on the CPU, compute it."""
+        ...
+
+    def warm_up(self, max_tokens: int) -> None:
+        """Compile and allocate what serving will need."""
+        ...
+
+    def prepare(self) -> bool:
+        """Do a bit of work that can be done before it is needed; False if there is none. Called while the engine is idle."""
+        ...
+
+    def explain(self) -> list[dict[str, Any]]:
+        """Which implementation runs for which op and shape, and why: rows for a table."""
+        ...
 
 
 class Runner:
@@ -60,24 +101,21 @@ class Runner:
             self.sampler.assign(seq.slot, seq.request.params, seq.request.params.seed, seq.tokens, seq.num_prompt)
         rows = [entry for entry in plan.entries if entry.samples]
         logits = self.model.forward(self._batch(plan), self.kv)
-        sampled = self._sample(rows, logits) if rows else None
-        done = None
-        if self.device.type == "cuda":
-            if sampled is not None:
-                sampled = _to_host(sampled)
-            done = torch.cuda.Event()
-            done.record()
-        return InFlight(plan, rows, sampled, done)
+        parts = [Part(rows, self._sample(rows, logits))] if rows else []
+        parts = [Part(part.entries, to_host(part.sampled)) for part in parts]
+        return InFlight(plan, parts, record_event(self.device))
+
+    def prepare(self) -> bool:
+        return False
+
+    def explain(self) -> list[dict[str, Any]]:
+        return self.model.ops.explain()
 
     def _sample(self, rows: list[Scheduled], logits: torch.Tensor) -> Sampled:
         slots = self._send(np.array([entry.seq.slot for entry in rows], dtype=np.int64))
         positions = self._send(np.array([entry.start + entry.count for entry in rows], dtype=np.int64))
-        forbidden = []
-        for row, (seq, start, count, _) in enumerate(rows):
-            chosen = start + count - seq.num_prompt  # output tokens before this one
-            if chosen < seq.request.params.min_tokens and seq.stop_ids:
-                forbidden.append((row, tuple(seq.stop_ids)))
-        sampled = self.sampler.sample(logits, slots, positions, [entry.seq.request.params for entry in rows], forbidden)
+        params = [entry.seq.request.params for entry in rows]
+        sampled = self.sampler.sample(logits, slots, positions, params, forbidden_in(rows))
         self.last_token[slots] = sampled.tokens.clamp(min=0)
         return sampled
 
@@ -148,7 +186,7 @@ class Runner:
                                       ((1, 1, chunk), (1, longest, longest))):
                 logits = self.model.forward(self._dummy(queries, contexts), self.kv)
         slots = torch.zeros(1, dtype=torch.int64, device=self.device)
-        for params in _EVERY_SAMPLER_STEP:
+        for params in EVERY_SAMPLER_STEP:
             self.sampler.sample(logits[:1].clone(), slots, slots, [params], [])
         torch.cuda.synchronize()
 
@@ -169,19 +207,38 @@ class Runner:
         )
 
 
-_EVERY_SAMPLER_STEP = (
+def forbidden_in(rows: list[Scheduled]) -> list[tuple[int, tuple[int, ...]]]:
+    """(row, ids) of sequences that may not end yet."""
+    found = []
+    for row, (seq, start, count, _) in enumerate(rows):
+        chosen = start + count - seq.num_prompt  # output tokens before this one
+        if chosen < seq.request.params.min_tokens and seq.stop_ids:
+            found.append((row, tuple(seq.stop_ids)))
+    return found
+
+
+EVERY_SAMPLER_STEP = (
     SamplingParams(temperature=0.0),
     SamplingParams(temperature=1.0, top_k=10, top_p=0.9, min_p=0.1, logprobs=20, frequency_penalty=0.1),
     SamplingParams(temperature=1.0, top_k=1000, logprobs=0),
 )
 
 
-def _to_host(sampled: Sampled) -> Sampled:
+def record_event(device: torch.device) -> torch.cuda.Event | None:
+    """Marks the end of what was launched so far; None where launching is computing."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
+def to_host(sampled: Sampled) -> Sampled:
     """Start copying results into pinned memory; they are valid after the step's event."""
 
     def copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if tensor is None:
-            return None
+        if tensor is None or tensor.device.type == "cpu":
+            return tensor
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
 

@@ -17,7 +17,7 @@ from model_core.model.batch import Batch
 SPLIT = 128  # keys of one decode split, doubled and more where a context would need over MAX_SPLITS of them
 MAX_SPLITS = 64
 _LOG2_E = 1.4426950408889634
-_POINTERS = ["q_ptr", "out_ptr", "query_start_ptr", "context_ptr", "table_ptr"]  # views into larger buffers
+_POINTERS = ["q_ptr", "out_ptr", "query_start_ptr", "context_ptr", "table_ptr", "block_ptr"]  # views into larger buffers
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,19 @@ class Tiles:
     stages: int
 
 
-def prefill_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
+def prefill_tiles(group: int, head_dim: int, dtype: torch.dtype) -> Tiles:
     """float32 multiplies on the plain cores (no tf32), so its tiles must live in few registers."""
+    least = next_power_of_2(group)
     if dtype == torch.float32:
-        return Tiles(32, 32, 4, 1)
+        return Tiles(max(32, least), 32, 4, 1)
     if head_dim <= 64:
-        return Tiles(128, 64, 4, 3)
-    return Tiles(128, 64, 8, 2) if head_dim <= 128 else Tiles(64, 32, 4, 2)
+        return Tiles(max(128, least), 64, 4, 3)
+    return Tiles(max(128, least), 64, 8, 2) if head_dim <= 128 else Tiles(max(64, least), 32, 4, 2)
+
+
+def block_tokens(group: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Query tokens that one program of the prefill kernel takes."""
+    return prefill_tiles(group, head_dim, dtype).rows // group
 
 
 def decode_tiles(group: int, head_dim: int, dtype: torch.dtype) -> Tiles:
@@ -90,32 +96,31 @@ def _visit(
     return acc, top, norm
 
 
-@jit(do_not_specialize=["table_row", "num_decodes"], do_not_specialize_on_alignment=_POINTERS)
+@jit(do_not_specialize=["table_row"], do_not_specialize_on_alignment=_POINTERS)
 def _prefill_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, query_start_ptr, context_ptr, table_ptr, qk_scale,
-    q_token, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, out_token, out_head, table_row, num_decodes,
+    q_ptr, k_ptr, v_ptr, out_ptr, query_start_ptr, context_ptr, table_ptr, block_ptr, qk_scale,
+    q_token, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, out_token, out_head, table_row,
     GROUP: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
 ):
-    # Row r of a sequence and KV head is query token r // GROUP, head r % GROUP: no row is wasted for any group size.
-    # Late blocks see the most keys, so they start first.
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    # Row r of a block and KV head is query token r // GROUP, head r % GROUP; rows past GROUP * TOKENS are padding.
+    TOKENS: tl.constexpr = BLOCK_M // GROUP
+    seq = tl.load(block_ptr + 2 * tl.program_id(0))
     kv_head = tl.program_id(1)
-    seq = num_decodes + tl.program_id(2)
-    query_start = tl.load(query_start_ptr + seq)
-    query_len = tl.load(query_start_ptr + seq + 1) - query_start
-    if block * BLOCK_M < query_len * GROUP:
+    if seq >= 0:
+        first_token = tl.load(block_ptr + 2 * tl.program_id(0) + 1) * TOKENS
+        query_start = tl.load(query_start_ptr + seq)
+        query_len = tl.load(query_start_ptr + seq + 1) - query_start
         past = tl.load(context_ptr + seq) - query_len
-        row = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        token = row // GROUP
+        row = tl.arange(0, BLOCK_M)
+        token = tl.where(row < GROUP * TOKENS, first_token + row // GROUP, query_len)
         head = kv_head * GROUP + row % GROUP
         d = tl.arange(0, BLOCK_D)
         mask = (token < query_len)[:, None] & (d < D)[None, :]
         at = (query_start + token).to(tl.int64)
         q = tl.load(q_ptr + (at * q_token + head * q_head)[:, None] + d[None, :], mask=mask, other=0.0)
 
-        first_token = block * BLOCK_M // GROUP
-        last_token = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, query_len - 1)
+        last_token = tl.minimum(first_token + TOKENS, query_len) - 1
         last = past + tl.minimum(token, query_len - 1)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -148,7 +153,7 @@ def _visible(context_ptr, seq, WINDOW: tl.constexpr, SPLIT: tl.constexpr, MAX_SP
     return first, context, SPLIT * tl.maximum(tl.cdiv(context - first, SPLIT * MAX_SPLITS), 1)
 
 
-@jit(do_not_specialize=["table_row"], do_not_specialize_on_alignment=_POINTERS)
+@jit(do_not_specialize=["table_row"], do_not_specialize_on_alignment=_POINTERS[:-1])
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, stat_ptr, context_ptr, table_ptr, qk_scale,
     q_token, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, out_token, out_head, table_row,
@@ -229,8 +234,8 @@ def paged_attention(
     """Triton. q [T, Hq, D] (any strides, D contiguous), caches [pages, page_size, Hkv, D] (likewise) -> [T, Hq, D].
 
     Token t of a sequence sees the sequence's cached positions up to its own, with `sliding_window` W only the last W of
-    them. K and V of the batch's own tokens must be in the cache. Grids come from the batch's host-side ints; nothing waits
-    for the device.
+    them. K and V of the batch's own tokens must be in the cache. Grids come from the batch's host-side ints (or, without
+    decodes, from `blocks` alone, so that a captured graph can be replayed on another batch); nothing waits for the device.
     """
     tokens, heads, dim = q.shape
     page_size, kv_heads = k_cache.shape[1:3]
@@ -259,11 +264,11 @@ def paged_attention(
                 out, part, stat, batch.context_len, scale * _LOG2_E, *out.stride()[:2], splits, D=dim, BLOCK_D=shape["BLOCK_D"],
                 WINDOW=window, SPLIT=SPLIT, MAX_SPLITS=MAX_SPLITS, num_warps=4)  # fmt: skip
     if decodes < batch.num_seqs:
-        tiles = prefill_tiles(dim, q.dtype)
-        grid = (cdiv(max(batch.query_lens[decodes:]) * group, tiles.rows), kv_heads, batch.num_seqs - decodes)
-        _prefill_kernel[grid](
-            q, k_cache, v_cache, out, batch.query_start, batch.context_len, batch.block_tables, scale * _LOG2_E,
-            *strides, decodes, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, STAGES=tiles.stages, num_warps=tiles.warps,
+        tiles = prefill_tiles(group, dim, q.dtype)
+        blocks = batch.prefill_blocks(block_tokens(group, dim, q.dtype))
+        _prefill_kernel[(blocks.shape[0], kv_heads)](
+            q, k_cache, v_cache, out, batch.query_start, batch.context_len, batch.block_tables, blocks, scale * _LOG2_E,
+            *strides, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, STAGES=tiles.stages, num_warps=tiles.warps,
             **shape)  # fmt: skip
     return out
 

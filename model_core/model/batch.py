@@ -26,6 +26,17 @@ class Batch:
     query_lens: list[int]  # [S] on the host
     context_lens: list[int]  # [S] on the host
     num_decodes: int  # the first num_decodes sequences have exactly one token
+    blocks: torch.Tensor | None = None  # int32 [n, 2]: see `prefill_blocks`; made by the first op that asks for it
+
+    def prefill_blocks(self, tokens: int) -> torch.Tensor:
+        """(sequence, block) of every block of `tokens` query tokens after the decodes; sequence -1 is none.
+
+        Later blocks first: they see the most keys, so they should not start last.
+        """
+        if self.blocks is None:
+            found = blocks_of(self.query_lens, tokens, self.num_decodes)
+            self.blocks = torch.tensor(found, dtype=torch.int32).to(self.token_ids.device, non_blocking=True)
+        return self.blocks
 
     @property
     def num_tokens(self) -> int:
@@ -42,3 +53,9 @@ class Batch:
     @property
     def max_context_len(self) -> int:
         return max(self.context_lens)
+
+
+def blocks_of(query_lens: list[int], tokens: int, first: int = 0) -> list[tuple[int, int]]:
+    """(sequence, block) of the blocks of `tokens` tokens that sequences first.. have, late blocks first."""
+    blocks = [(seq, block) for seq in range(first, len(query_lens)) for block in range(-(-query_lens[seq] // tokens))]
+    return sorted(blocks, key=lambda item: -item[1])

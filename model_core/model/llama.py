@@ -79,9 +79,11 @@ class Llama:
                      gate_up=self._linear(layer.gate_up), down=self._linear(layer.down))
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, kv: KVCache) -> torch.Tensor:
-        """Logits float32 [R, vocab] of rows `batch.logit_rows`; keys and values of all T tokens are written to `kv`."""
-        config, ops, eps = self.config, self.ops, self.config.rms_eps
+    def forward(self, batch: Batch, kv: KVCache, ops: Ops | None = None) -> torch.Tensor:
+        """Logits float32 [R, vocab] of rows `batch.logit_rows`; keys and values of all T tokens are written to `kv`.
+
+        ops: other implementations than the model's own, for captured graphs."""
+        config, ops, eps = self.config, ops or self.ops, self.config.rms_eps
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         residual = F.embedding(batch.token_ids, self.embed).to(self.dtype)
         x = ops.rmsnorm(residual, self.layers[0].attn_norm, eps)
@@ -91,14 +93,18 @@ class Llama:
             if layer.q_norm is not None and layer.k_norm is not None:
                 q, k = ops.rmsnorm(q, layer.q_norm, eps), ops.rmsnorm(k, layer.k_norm, eps)
             ops.rope_kv_write(q, k, v, batch.positions, self.cos_sin, k_cache, v_cache, batch.slot_mapping)
+            last = index + 1 == config.num_layers
+            if last and not len(batch.logit_rows):  # only keys and values were wanted
+                return residual.new_empty((0, config.vocab_size), dtype=torch.float32)
             attended = ops.paged_attention(q.to(k_cache.dtype), k_cache, v_cache, batch, scale=self.scale,
                                            sliding_window=config.sliding_window)
+            if last:  # nobody reads the other rows any more
+                attended, residual = attended.index_select(0, batch.logit_rows), residual.index_select(0, batch.logit_rows)
             x = layer.o(attended.flatten(1).to(self.dtype))
             x = ops.add_rmsnorm(x, residual, layer.mlp_norm, eps)
             x = layer.down(ops.swiglu(layer.gate_up(x)))
-            last = index + 1 == config.num_layers
             x = ops.add_rmsnorm(x, residual, self.final_norm if last else self.layers[index + 1].attn_norm, eps)
-        return self.head(x.index_select(0, batch.logit_rows)).float()
+        return self.head(x).float()
 
     @property
     def nbytes(self) -> int:

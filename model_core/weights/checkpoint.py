@@ -92,9 +92,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def _checked(read: Callable[[], ModelConfig], origin: str) -> ModelConfig:
+    """What `read` makes of JSON or metadata, which may hold anything: a value of the wrong kind is a CheckpointError."""
+    try:
+        config = read()
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{origin} holds a value of the wrong kind: {error}") from None
+    window = 1 if config.sliding_window is None else config.sliding_window
+    positive = {"rms_eps": config.rms_eps, "rope_theta": config.rope_theta, "sliding_window": window}
+    ids = [("bos", config.bos_id or 0), *(("eos", value) for value in config.eos_ids)]
+    faults = [f"{name} {value!r}" for name, value in positive.items() if type(value) not in (int, float) or not value > 0]
+    faults += [f"{name} token id {value!r}" for name, value in ids if type(value) is not int]
+    if faults:
+        raise CheckpointError(f"{origin} holds a value of the wrong kind: {', '.join(faults)}")
+    return config
+
+
 def _open_gguf(path: Path) -> Checkpoint:
     file = GGUFFile(path)
-    config = config_from_gguf(file)
+    config = _checked(lambda: config_from_gguf(file), f"{path}: the metadata")
     architecture = file.metadata["general.architecture"]
     tensors = {}
     for stored in file.tensors.values():
@@ -118,13 +134,13 @@ def _gguf_reader(file: GGUFFile, stored: GGUFTensor, heads: int) -> Callable[[to
 
 def _open_safetensors(folder: Path) -> Checkpoint:
     spec = read_json(folder / "config.json")
-    config = ModelConfig.from_hf(spec)
+    config = _checked(lambda: ModelConfig.from_hf(spec), str(folder / "config.json"))
     generation = folder / "generation_config.json"
     if generation.is_file():
         # Llama 3 and Qwen name the end-of-turn token only here.
         more = read_json(generation).get("eos_token_id")
         ids = config.eos_ids + tuple(more if isinstance(more, list) else () if more is None else (more,))
-        config = replace(config, eos_ids=tuple(dict.fromkeys(ids)))
+        config = _checked(lambda: replace(config, eos_ids=tuple(dict.fromkeys(ids))), str(generation))
     tensors: dict[str, StoredTensor] = {}
     for file in _shards(folder):
         for stored in _read_header(file):

@@ -75,9 +75,9 @@ class GGUFFile:
             key = cursor.string()
             self.metadata[key] = cursor.value(cursor.number("<I"))
         entries = [self._entry() for _ in range(tensor_count)]
-        alignment = int(self.metadata.get("general.alignment", 32))
-        if alignment <= 0 or alignment % 8:
-            raise CheckpointError(f"{self.path}: general.alignment {alignment} is not a positive multiple of 8")
+        alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment <= 0 or alignment % 8:
+            raise CheckpointError(f"{self.path}: general.alignment {alignment!r} is not a positive multiple of 8")
         start = -(-cursor.position // alignment) * alignment
         for name, shape, kind, offset in entries:
             label, block, block_bytes = _TYPES[kind]

@@ -66,7 +66,7 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     """
     meta = file.metadata
     architecture = meta.get("general.architecture")
-    if architecture not in _FAMILIES:
+    if not isinstance(architecture, str) or architecture not in _FAMILIES:
         raise UnsupportedModel(f"{file.path.name}: GGUF architecture {architecture!r} is not supported; "
                                f"supported: {', '.join(sorted(_FAMILIES))}")
 

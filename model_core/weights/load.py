@@ -88,7 +88,13 @@ def _ignored(name: str, config: ModelConfig) -> bool:
 def check_tensors(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless the checkpoint's headers promise exactly the tensors of its config."""
     found, config = checkpoint.tensors, checkpoint.config
-    wanted = expected_shapes(config)
+    if config.num_layers > len(found):
+        raise CheckpointError(f"{checkpoint.path}: the config has {config.num_layers} layers, but there are only "
+                              f"{len(found)} tensors. Check that config.json belongs to these files")
+    try:
+        wanted = expected_shapes(config)
+    except (RuntimeError, TypeError) as error:  # sizes that torch cannot count
+        raise CheckpointError(f"{checkpoint.path}: a size of the config is impossible ({error})") from None
     missing = [name for name in wanted if name not in found]
     unexpected = [name for name in found if name not in wanted and not _ignored(name, config)]
     wrong = [f"{name} is {list(found[name].shape)}, config says {list(shape)}"

@@ -7,11 +7,11 @@ import torch
 
 from model_core.kernels.decode.attention import SplitSpace, SplitTiles, attention, attention_torch
 from model_core.kernels.decode.embed import embed, embed_torch, write_stream_torch
-from model_core.kernels.decode.gate_up import gate_up, gate_up_tiles, gate_up_torch
-from model_core.kernels.decode.head import head, head_tiles, head_torch
+from model_core.kernels.decode.gate_up import gate_up, gate_up_library, gate_up_tiles, gate_up_torch
+from model_core.kernels.decode.head import head, head_library, head_tiles, head_torch
 from model_core.kernels.decode.products import RowTiles, chains_launches
-from model_core.kernels.decode.project import project, project_tiles, project_tiles_torch, project_torch
-from model_core.kernels.decode.qkv import qkv, qkv_tiles, qkv_torch
+from model_core.kernels.decode.project import project, project_library, project_tiles, project_tiles_torch, project_torch
+from model_core.kernels.decode.qkv import qkv, qkv_library, qkv_tiles, qkv_torch
 from model_core.kernels.decode.sample import SampleSpace, sample, sample_torch
 from model_core.kernels.decode.state import DecodeState
 from model_core.kernels.decode.tiles import Stream, TensorTiles, TileSpace
@@ -115,6 +115,15 @@ def test_qkv_in_tiles(case, dtype, close, tiles, bias):
     assert (case.space.arrived == 0).all()
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_qkv_by_the_library(case, close, bias):
+    inputs = (case.x, case.gain, case.w_qkv, case.bias if bias else None, case.cos_sin, case.rows)
+    product = torch.empty(3, len(case.w_qkv), dtype=case.x.dtype, device=case.x.device)
+    case.check_qkv(close, inputs, False, lambda caches, q: qkv_library(
+        case.stream(case.x), case.w_qkv, inputs[3], case.cos_sin, case.rows, case.state, *caches, product, q, eps=EPS,
+        pdl=case.pdl))  # fmt: skip
+
+
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("tiles", [SplitTiles(64, 16, 4, 1), SplitTiles(32, 32, 2, 2)], ids=["64", "32"])
 @pytest.mark.parametrize("heads,kv_heads", [(4, 2), (3, 3), (8, 1)])
@@ -163,6 +172,13 @@ def test_project_in_tiles(case, dtype, close, tiles):
     assert (case.space.arrived == 0).all()
 
 
+def test_project_by_the_library(case, dtype, close):
+    x, streams = case.q.flatten(1), [case.stream(case.x), case.stream(case.x, torch.float32)]
+    project_library(x, case.w_o, case.gain, streams[0], torch.empty_like(case.x), pdl=case.pdl)
+    project_tiles_torch(x, case.w_o, case.gain, streams[1])
+    check_streams(close, *streams, bound(dtype))
+
+
 def test_embed(case, dtype, close):
     streams = [case.stream(case.x), case.stream(case.x, torch.float32)]
     embed(case.embed, case.gain, case.rows, case.state.last_token, streams[0], pdl=case.pdl)
@@ -187,11 +203,24 @@ def test_gate_up_in_tiles(case, dtype, close, tiles):
     close(out, expected, bound(dtype))
 
 
-@pytest.mark.parametrize("tiles", [ROWS, *(tiles for tiles in TILES if tiles.splits == 1)])
+def test_gate_up_by_the_library(case, dtype, close):
+    out = torch.empty(3, case.inner, dtype=dtype, device=case.x.device)
+    expected = torch.empty_like(out, dtype=torch.float32)
+    product = torch.empty(3, 2 * case.inner, dtype=dtype, device=case.x.device)
+    gate_up_library(case.stream(case.x), case.w_gate_up, product, out, eps=EPS, pdl=case.pdl)
+    gate_up_torch(case.x, case.gain, case.w_gate_up, expected, eps=EPS)
+    close(out, expected, bound(dtype))
+
+
+@pytest.mark.parametrize("tiles", [ROWS, *(tiles for tiles in TILES if tiles.splits == 1), "library"])
 def test_head(case, dtype, tiles):
     logits = torch.empty(3, VOCAB, device=case.x.device)
     expected = torch.empty_like(logits)
-    if isinstance(tiles, RowTiles):
+    if tiles == "library":
+        if not (GPU or dtype == torch.float32):
+            pytest.skip("torch has no product of 16-bit numbers into float32 on a CPU")
+        head_library(case.stream(case.x), case.w_head, torch.empty_like(case.x), logits, eps=EPS, pdl=case.pdl)
+    elif isinstance(tiles, RowTiles):
         head(case.x, case.gain, case.w_head, logits, eps=EPS, tiles=tiles, pdl=case.pdl)
     else:
         head_tiles(case.stream(case.x), case.w_head, logits, eps=EPS, tiles=tiles, pdl=case.pdl)
@@ -216,3 +245,13 @@ def test_sample(device):
         assert torch.equal(states[0].position, states[1].position)
         assert (space.arrived == 0).all()
     assert outs[0][0] == -1 and outs[0][1] == 7
+
+
+def test_padding_rows_do_not_move_the_dump_slot(device):
+    case = Case(torch.float32, device)
+    rows = torch.tensor([0, case.state.dump, case.state.dump], device=device)
+    before = case.state.position.clone()
+    sample(torch.randn(3, VOCAB, device=device), rows, case.state, torch.zeros(3, dtype=torch.int64, device=device),
+           SampleSpace(3, device), pdl=case.pdl)  # fmt: skip
+    assert (case.state.position - before).tolist() == [1, 0, 0, 0, 0]
+    assert case.state.last_token[case.state.dump] == 0

@@ -55,8 +55,8 @@ def _kernel(
     first = lowest // BLOCK_N * BLOCK_N
     size = SPLIT * tl.cdiv(context - first, SPLIT * SPLITS)
     used = tl.cdiv(context - first, size)
-    if PDL:
-        if split < used:  # noqa: SIM102 - PDL is known to the compiler, the rest is not
+    if PDL:  # noqa: SIM102 - known to the compiler, the rest is not
+        if split < used:
             n = first + split * size + tl.arange(0, SPLIT)
             page = tl.load(table_ptr + slot * table_row + n // PAGE, mask=n < context, other=0).to(tl.int64)
             _ask(k_ptr + kv_head * k_head + page * k_page + (n % PAGE) * k_slot)

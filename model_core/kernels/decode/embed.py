@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 
 from model_core.kernels.decode.products import follow, launch_options
-from model_core.kernels.decode.tiles import Stream, write_stream
+from model_core.kernels.decode.tiles import Stream, part_width, write_stream
 from model_core.kernels.runtime import jit, tl
-
-_COLUMNS = 256
 
 
 @jit
@@ -30,16 +28,11 @@ def embed(
 ) -> None:
     """Rows of the embedding [vocab, H] at the last tokens of slots `rows` [M] begin `stream`; gain [H] of the first norm."""
     hidden = table.shape[1]
-    width = _width(hidden)
+    width = part_width(hidden)
     stream.parts = hidden // width
     _kernel[(stream.parts, rows.shape[0])](
         table, gain, rows, last_token, stream.residual, stream.scaled, stream.squares, H=hidden, BN=width, ROWS=stream.rows,
         PDL=pdl, num_warps=2, **launch_options(pdl))  # fmt: skip
-
-
-def _width(hidden: int) -> int:
-    """The largest power of two up to _COLUMNS that divides the hidden size."""
-    return min(_COLUMNS, hidden & -hidden)
 
 
 def embed_torch(

@@ -14,6 +14,7 @@ from model_core.kernels.decode.tiles import (
     TensorTiles,
     TileSpace,
     add_splits,
+    columns,
     fetch_ahead,
     norm_factor,
     tile_product,
@@ -38,10 +39,10 @@ def _kernel(
         tl.store(out_ptr + m * INNER + n, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty))
 
 
-@jit
+@jit(do_not_specialize=["M"])
 def _tile_kernel(
-    x_ptr, squares_ptr, w_ptr, out_ptr, part_ptr, arrived_ptr, eps,
-    M: tl.constexpr, BM: tl.constexpr, INNER: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
+    x_ptr, squares_ptr, w_ptr, out_ptr, part_ptr, arrived_ptr, eps, M,
+    BM: tl.constexpr, INNER: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
     SPLITS: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(1) * R + tl.arange(0, R)
@@ -60,6 +61,24 @@ def _tile_kernel(
         up *= factor
         out = (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + m[None, :] * INNER + n[:, None], out, mask=present[None, :])
+
+
+@jit(do_not_specialize=["M"])
+def _activate_kernel(
+    product_ptr, squares_ptr, out_ptr, eps, M,
+    BM: tl.constexpr, INNER: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    present = m < M
+    follow(PDL)
+    factor = norm_factor(squares_ptr, m, present, eps, PARTS, K, ROWS)[:, None]
+    at = product_ptr + m[:, None] * (2 * INNER) + n[None, :]
+    mask = present[:, None] & (n < INNER)[None, :]
+    gate = tl.load(at, mask=mask, other=0.0).to(tl.float32) * factor
+    up = tl.load(at + INNER, mask=mask, other=0.0).to(tl.float32) * factor
+    tl.store(out_ptr + m[:, None] * INNER + n[None, :], (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def gate_up(
@@ -81,8 +100,20 @@ def gate_up_tiles(
     inner, size, count = weight.shape[0] // 2, weight.shape[1], out.shape[0]
     assert weight.is_contiguous() and out.is_contiguous()
     _tile_kernel[tiles.grid(inner, count)](
-        stream.scaled, stream.squares, weight, out, space.part, space.arrived, eps, INNER=inner, K=size, PARTS=stream.parts,
-        ROWS=stream.rows, PDL=pdl, **tiles.options(count, **launch_options(pdl)))  # fmt: skip
+        stream.scaled, stream.squares, weight, out, space.part, space.arrived, eps, M=count, INNER=inner, K=size,
+        PARTS=stream.parts, ROWS=stream.rows, PDL=pdl, **tiles.options(count, **launch_options(pdl)))  # fmt: skip
+
+
+def gate_up_library(
+    stream: Stream, weight: torch.Tensor, product: torch.Tensor, out: torch.Tensor, *, eps: float, pdl: bool
+) -> None:
+    """The same by cuBLAS and one kernel behind it; product [M, 2 I] is workspace."""
+    count, inner = out.shape
+    torch.mm(stream.scaled[:count], weight.t(), out=product)
+    rows = min(4, columns(count))
+    _activate_kernel[(cdiv(inner, 512), cdiv(count, rows))](
+        product, stream.squares, out, eps, M=count, BM=rows, INNER=inner, K=weight.shape[1], BN=512, PARTS=stream.parts,
+        ROWS=stream.rows, PDL=pdl, num_warps=4, **launch_options(pdl))  # fmt: skip
 
 
 def gate_up_torch(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, eps: float) -> None:

@@ -23,10 +23,10 @@ def _kernel(
         tl.store(out_ptr + m * N + n, dot_rows(w, x, CHUNKS) * factor)
 
 
-@jit
+@jit(do_not_specialize=["M"])
 def _tile_kernel(
-    x_ptr, squares_ptr, w_ptr, out_ptr, eps,
-    M: tl.constexpr, BM: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
+    x_ptr, squares_ptr, w_ptr, out_ptr, eps, M,
+    BM: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
     SPLITS: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(1) * R + tl.arange(0, R)
@@ -38,6 +38,20 @@ def _tile_kernel(
     factor = norm_factor(squares_ptr, m, present, eps, PARTS, K, ROWS)
     acc, _ = tile_product(x_ptr, m, present, w_ptr, n, n, 0, K, BM, R, BK, SPLITS, False, STAGES)
     tl.store(out_ptr + m.to(tl.int64)[None, :] * N + n[:, None], acc * factor[None, :], mask=present[None, :])
+
+
+@jit
+def _normalise_kernel(
+    x_ptr, squares_ptr, out_ptr, eps, K: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    k = tl.program_id(0) * BK + tl.arange(0, BK)
+    m = tl.program_id(1) + tl.arange(0, 1)
+    follow(PDL)
+    factor = norm_factor(squares_ptr, m, m >= 0, eps, PARTS, K, ROWS)[:, None]
+    at = m[:, None] * K + k[None, :]
+    x = tl.load(x_ptr + at, mask=(k < K)[None, :], other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, (x * factor).to(out_ptr.dtype.element_ty), mask=(k < K)[None, :])
 
 
 def head(
@@ -59,8 +73,22 @@ def head_tiles(
     count = logits.shape[0]
     assert weight.is_contiguous() and logits.is_contiguous() and tiles.splits == 1
     _tile_kernel[tiles.grid(size, count)](
-        stream.scaled, stream.squares, weight, logits, eps, N=size, K=width, PARTS=stream.parts, ROWS=stream.rows, PDL=pdl,
-        **tiles.options(count, **launch_options(pdl)))  # fmt: skip
+        stream.scaled, stream.squares, weight, logits, eps, M=count, N=size, K=width, PARTS=stream.parts, ROWS=stream.rows,
+        PDL=pdl, **tiles.options(count, **launch_options(pdl)))  # fmt: skip
+
+
+def head_library(
+    stream: Stream, weight: torch.Tensor, normed: torch.Tensor, logits: torch.Tensor, *, eps: float, pdl: bool
+) -> None:
+    """The same by one kernel and cuBLAS behind it; normed [M, K] is workspace."""
+    count, width = normed.shape
+    _normalise_kernel[(cdiv(width, 1024), count)](
+        stream.scaled, stream.squares, normed, eps, K=width, BK=1024, PARTS=stream.parts, ROWS=stream.rows, PDL=pdl,
+        num_warps=4, **launch_options(pdl))  # fmt: skip
+    if normed.dtype == torch.float32:
+        torch.mm(normed, weight.t(), out=logits)
+    else:
+        torch.mm(normed, weight.t(), out_dtype=torch.float32, out=logits)
 
 
 def head_torch(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, *, eps: float) -> None:

@@ -11,7 +11,9 @@ from model_core.kernels.decode.tiles import (
     TensorTiles,
     TileSpace,
     add_splits,
+    columns,
     fetch_ahead,
+    part_width,
     tile_product,
     write_stream,
 )
@@ -34,10 +36,10 @@ def _kernel(
         tl.store(out_ptr + m * N + n, (base + dot_rows(w, x, CHUNKS)).to(out_ptr.dtype.element_ty))
 
 
-@jit
+@jit(do_not_specialize=["M"])
 def _tile_kernel(
-    x_ptr, w_ptr, gain_ptr, residual_ptr, scaled_ptr, squares_ptr, part_ptr, arrived_ptr,
-    M: tl.constexpr, BM: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
+    x_ptr, w_ptr, gain_ptr, residual_ptr, scaled_ptr, squares_ptr, part_ptr, arrived_ptr, M,
+    BM: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
     SPLITS: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(1) * R + tl.arange(0, R)
@@ -52,6 +54,21 @@ def _tile_kernel(
     acc, other, last = add_splits(acc, other, part_ptr, arrived_ptr, split, BM, R, SPLITS, False)
     if last:
         write_stream(base + acc, m, n, tl.program_id(1), present, residual_ptr, scaled_ptr, squares_ptr, gain_ptr, N, ROWS)
+
+
+@jit(do_not_specialize=["M"])
+def _add_kernel(
+    product_ptr, gain_ptr, residual_ptr, scaled_ptr, squares_ptr, M,
+    BM: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    present = m < M
+    follow(PDL)
+    at = m[None, :] * N + n[:, None]
+    value = tl.load(product_ptr + at, mask=present[None, :], other=0.0).to(tl.float32)
+    value += tl.load(residual_ptr + at, mask=present[None, :], other=0.0).to(tl.float32)
+    write_stream(value, m, n, tl.program_id(0), present, residual_ptr, scaled_ptr, squares_ptr, gain_ptr, N, ROWS)
 
 
 def project(
@@ -77,8 +94,22 @@ def project_tiles(
     assert weight.is_contiguous() and x.is_contiguous()
     stream.parts = size // tiles.rows
     _tile_kernel[tiles.grid(size, count)](
-        x, weight, gain, stream.residual, stream.scaled, stream.squares, space.part, space.arrived, N=size, K=width,
-        ROWS=stream.rows, PDL=pdl, **tiles.options(count, **launch_options(pdl)))  # fmt: skip
+        x, weight, gain, stream.residual, stream.scaled, stream.squares, space.part, space.arrived, M=count, N=size,
+        K=width, ROWS=stream.rows, PDL=pdl, **tiles.options(count, **launch_options(pdl)))  # fmt: skip
+
+
+def project_library(
+    x: torch.Tensor, weight: torch.Tensor, gain: torch.Tensor, stream: Stream, product: torch.Tensor, *, pdl: bool
+) -> None:
+    """The same by cuBLAS and one kernel behind it; product [M, N] is workspace."""
+    count, hidden = product.shape
+    torch.mm(x, weight.t(), out=product)
+    width = part_width(hidden)
+    stream.parts = hidden // width
+    rows = min(4, columns(count))
+    _add_kernel[(stream.parts, cdiv(count, rows))](
+        product, gain, stream.residual, stream.scaled, stream.squares, M=count, BM=rows, N=hidden, BN=width,
+        ROWS=stream.rows, PDL=pdl, num_warps=4, **launch_options(pdl))  # fmt: skip
 
 
 def project_torch(

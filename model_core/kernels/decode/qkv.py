@@ -21,7 +21,7 @@ from model_core.kernels.decode.tiles import (
     norm_factor,
     tile_product,
 )
-from model_core.kernels.runtime import cdiv, jit, tl
+from model_core.kernels.runtime import cdiv, jit, next_power_of_2, tl
 
 
 @jit
@@ -42,8 +42,8 @@ def _kernel(
     follow(PDL)
     for m in tl.static_range(M):
         slot = tl.load(rows_ptr + m)
-        page, offset, cos, sin = _place(slot, d, head, True, cos_sin_ptr, position_ptr, table_ptr, table_row, D, HEADS,
-                                        KV_HEADS, PAGE)  # fmt: skip
+        page, offset, cos, sin = _place(slot, d, head, True, d < HALF, cos_sin_ptr, position_ptr, table_ptr, table_row,
+                                        D, HEADS, KV_HEADS, PAGE)  # fmt: skip
         x_row = tl.load(token_ptr + slot) if EMBED else m
         x, factor = load_x(x_ptr + x_row * K, gain_ptr, K, BK, CHUNKS, True, eps)
         a = dot_rows(low, x, CHUNKS) * factor
@@ -55,11 +55,11 @@ def _kernel(
                v_head, D, HEADS, KV_HEADS)  # fmt: skip
 
 
-@jit
+@jit(do_not_specialize=["M"])
 def _tile_kernel(
     x_ptr, squares_ptr, w_ptr, bias_ptr, cos_sin_ptr, rows_ptr, position_ptr, table_ptr, q_ptr, k_ptr, v_ptr,
-    part_ptr, arrived_ptr, eps, table_row, k_page, k_slot, k_head, v_page, v_slot, v_head,
-    M: tl.constexpr, BM: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    part_ptr, arrived_ptr, eps, table_row, k_page, k_slot, k_head, v_page, v_slot, v_head, M,
+    BM: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
     R: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, PAGE: tl.constexpr,
     BIAS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -76,8 +76,8 @@ def _tile_kernel(
     present = m < M
     follow(PDL)
     slot = tl.load(rows_ptr + m, mask=present, other=0)
-    page, offset, cos, sin = _place(slot[None, :], d[:, None], head, present[None, :], cos_sin_ptr, position_ptr, table_ptr,
-                                    table_row, D, HEADS, KV_HEADS, PAGE)  # fmt: skip
+    page, offset, cos, sin = _place(slot[None, :], d[:, None], head, present[None, :], present[None, :], cos_sin_ptr,
+                                    position_ptr, table_ptr, table_row, D, HEADS, KV_HEADS, PAGE)  # fmt: skip
     factor = norm_factor(squares_ptr, m, present, eps, PARTS, K, ROWS)[None, :]
     a, b = tile_product(x_ptr, m, present, w_ptr, first, first + HALF, split, K, BM, R, BK, SPLITS, True, STAGES)
     a, b, last = add_splits(a, b, part_ptr, arrived_ptr, split, BM, R, SPLITS, True)
@@ -92,17 +92,46 @@ def _tile_kernel(
 
 
 @jit
+def _rotate_kernel(
+    product_ptr, squares_ptr, bias_ptr, cos_sin_ptr, rows_ptr, position_ptr, table_ptr, q_ptr, k_ptr, v_ptr,
+    eps, table_row, k_page, k_slot, k_head, v_page, v_slot, v_head,
+    K: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALVES: tl.constexpr, PAGE: tl.constexpr,
+    BIAS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = D // 2
+    head, row = tl.program_id(0), tl.program_id(1)
+    d = tl.arange(0, HALVES)
+    inside = d < HALF
+    m = row + tl.arange(0, 1)
+    slot = tl.load(rows_ptr + row)
+    page, offset, cos, sin = _place(slot, d, head, True, inside, cos_sin_ptr, position_ptr, table_ptr, table_row, D, HEADS,
+                                    KV_HEADS, PAGE)  # fmt: skip
+    follow(PDL)
+    factor = norm_factor(squares_ptr, m, m >= 0, eps, PARTS, K, ROWS)
+    at = product_ptr + (row * (HEADS + 2 * KV_HEADS) + head).to(tl.int64) * D + d
+    a = tl.load(at, mask=inside, other=0.0).to(tl.float32) * factor
+    b = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32) * factor
+    if BIAS:
+        a += tl.load(bias_ptr + head * D + d, mask=inside, other=0.0).to(tl.float32)
+        b += tl.load(bias_ptr + head * D + HALF + d, mask=inside, other=0.0).to(tl.float32)
+    _store(a, b, row, d, head, page, offset, cos, sin, inside, q_ptr, k_ptr, v_ptr, k_page, k_slot, k_head, v_page, v_slot,
+           v_head, D, HEADS, KV_HEADS)  # fmt: skip
+
+
+@jit
 def _place(
-    slot, d, head, present, cos_sin_ptr, position_ptr, table_ptr, table_row,
+    slot, d, head, present, inside, cos_sin_ptr, position_ptr, table_ptr, table_row,
     D: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Where a slot's new token lies (page, offset), and cos and sin of its position for pairs d; values are not rotated.
+
+    present masks slots, inside [slots and pairs].
 
     Three loads, each the next one's address: asked for before the product, they are there when it is done.
     """
     position = tl.load(position_ptr + slot, mask=present, other=0)
     page = tl.load(table_ptr + slot * table_row + position // PAGE, mask=present, other=0).to(tl.int64)
-    turned = present & (head < HEADS + KV_HEADS)
+    turned = inside & (head < HEADS + KV_HEADS)
     cos = tl.load(cos_sin_ptr + position * D + d, mask=turned, other=1.0)
     sin = tl.load(cos_sin_ptr + position * D + D // 2 + d, mask=turned, other=0.0)
     return page, position % PAGE, cos, sin
@@ -159,8 +188,23 @@ def qkv_tiles(
     _tile_kernel[tiles.grid(pairs, q.shape[0])](
         stream.scaled, stream.squares, weight, weight if bias is None else bias, cos_sin, rows, state.position,
         state.block_tables, q, k_cache, v_cache, space.part, space.arrived, eps, state.block_tables.stride(0),
-        *k_cache.stride()[:3], *v_cache.stride()[:3], PARTS=stream.parts, ROWS=stream.rows,
+        *k_cache.stride()[:3], *v_cache.stride()[:3], M=q.shape[0], PARTS=stream.parts, ROWS=stream.rows,
         **tiles.options(q.shape[0], **shape))  # fmt: skip
+
+
+def qkv_library(
+    stream: Stream, weight: torch.Tensor, bias: torch.Tensor | None, cos_sin: torch.Tensor, rows: torch.Tensor,
+    state: DecodeState, k_cache: torch.Tensor, v_cache: torch.Tensor, product: torch.Tensor, q: torch.Tensor, *, eps: float,
+    pdl: bool,
+) -> None:  # fmt: skip
+    """The same by cuBLAS and one kernel behind it; product [M, (Hq + 2 Hkv) D] is workspace."""
+    count, heads, dim = q.shape
+    torch.mm(stream.scaled[:count], weight.t(), out=product)
+    _, shape = _shape(q, k_cache, weight, bias, pdl)
+    _rotate_kernel[(heads + 2 * k_cache.shape[2], count)](
+        product, stream.squares, weight if bias is None else bias, cos_sin, rows, state.position, state.block_tables, q,
+        k_cache, v_cache, eps, state.block_tables.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3],
+        HALVES=next_power_of_2(dim // 2), PARTS=stream.parts, ROWS=stream.rows, num_warps=1, **shape)  # fmt: skip
 
 
 def _shape(

@@ -20,7 +20,7 @@ _SPLITS = 16
 @jit
 def _kernel(
     logits_ptr, best_ptr, where_ptr, arrived_ptr, rows_ptr, token_ptr, position_ptr, temperature_ptr, seed_ptr, out_ptr,
-    V: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    dump, V: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     split, row = tl.program_id(0), tl.program_id(1)
     follow(PDL)
@@ -65,8 +65,9 @@ def _kernel(
         top = tl.max(tops, axis=0)
         token = tl.min(tl.where(tops == top, indices, V), axis=0).to(tl.int64)
         token = tl.where(bad, 0, token)
-        tl.store(token_ptr + slot, token)
-        tl.store(position_ptr + slot, position + 1)
+        if slot != dump:  # where padding rows meet, nothing moves
+            tl.store(token_ptr + slot, token)
+            tl.store(position_ptr + slot, position + 1)
         tl.store(out_ptr + row, tl.where(bad, -1, token))
         tl.store(arrived_ptr + row, 0)
 
@@ -84,12 +85,12 @@ def sample(
     logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, out: torch.Tensor, space: SampleSpace, *, pdl: bool
 ) -> None:
     """out int64 [M] = the tokens of logits float32 [M, vocab], -1 where they were not finite; the slots' last_token and
-    position advance."""
+    position advance, but not the dump slot's."""
     count, vocab = logits.shape
     share = cdiv(cdiv(vocab, 4), _SPLITS)
     _kernel[(_SPLITS, count)](
         logits, space.best, space.where, space.arrived, rows, state.last_token, state.position, state.temperature,
-        state.seed, out, V=vocab, SPLITS=_SPLITS, SHARE=share, BLOCK=256, PDL=pdl, num_warps=4,
+        state.seed, out, state.dump, V=vocab, SPLITS=_SPLITS, SHARE=share, BLOCK=256, PDL=pdl, num_warps=4,
         **launch_options(pdl))  # fmt: skip
 
 
@@ -102,8 +103,8 @@ def sample_torch(logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, o
     chosen = torch.where(temperature > 0, drawn, logits)
     tokens = chosen.argmax(-1)
     out.copy_(torch.where(finite, tokens, -1))
-    state.last_token[rows] = torch.where(finite, tokens, 0)
-    state.position[rows] += 1
+    state.last_token[rows] = torch.where(finite & (rows != state.dump), tokens, 0)
+    state.position[rows] += (rows != state.dump).int()
 
 
 def bytes_moved(rows: int, vocab: int) -> int:

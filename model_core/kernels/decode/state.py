@@ -9,7 +9,7 @@ import torch
 
 @dataclass
 class DecodeState:
-    """Per-slot state. Slot `max_seqs` is the dump slot of padding rows: position 0 of page 0, which nobody reads.
+    """Per-slot state. Slot `max_seqs` is the dump slot of padding rows: token 0 at position 0 of page 0, for ever.
 
     Sampling follows philox.py: the noise of a token depends on (seed, position) alone.
     """
@@ -19,6 +19,10 @@ class DecodeState:
     block_tables: torch.Tensor  # int32 [max_seqs + 1, max_pages]
     temperature: torch.Tensor  # float32 [max_seqs + 1]; 0 is greedy
     seed: torch.Tensor  # int64 [max_seqs + 1]
+
+    @property
+    def dump(self) -> int:
+        return self.position.shape[0] - 1
 
     @classmethod
     def empty(cls, max_seqs: int, max_pages: int, device: torch.device | str) -> DecodeState:

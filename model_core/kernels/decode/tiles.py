@@ -35,8 +35,8 @@ class TensorTiles:
         return cdiv(count, columns(count)), out_rows // self.rows, self.splits
 
     def options(self, count: int, **more: Any) -> dict[str, Any]:
-        """What every tile kernel is specialised on, for `count` rows of x."""
-        return dict(M=count, BM=columns(count), R=self.rows, BK=self.chunk, SPLITS=self.splits, STAGES=self.stages,
+        """What every tile kernel is specialised on, for `count` rows of x: the width of its accumulator, not `count`."""
+        return dict(BM=columns(count), R=self.rows, BK=self.chunk, SPLITS=self.splits, STAGES=self.stages,
                     num_warps=self.warps, **more)  # fmt: skip
 
 
@@ -174,6 +174,11 @@ class Stream:
     @property
     def rows(self) -> int:
         return self.residual.shape[0]
+
+
+def part_width(hidden: int) -> int:
+    """Columns per part where the writer may choose: the largest power of two up to 512 that divides the hidden size."""
+    return min(512, hidden & -hidden)
 
 
 @jit

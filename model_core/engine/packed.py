@@ -1,0 +1,44 @@
+"""Several small arrays in one buffer, so that a step's inputs reach the device in one copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+_TORCH = {np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32, np.dtype(np.float32): torch.float32}
+_COPIES = 3  # host buffers in turn; a step reads its inputs before the step after the next is prepared
+
+
+class Packed:
+    """Named arrays, the same on the host (`host[name]`, pinned) and on the device (`device[name]`).
+
+    `turn` begins a step: `host` are then arrays that no copy in flight reads, provided that at most _COPIES - 1 steps are
+    in flight. `send` starts the copy of them all.
+    """
+
+    def __init__(self, fields: Sequence[tuple[str, int, str]], device: torch.device) -> None:
+        places, size = [], 0
+        for name, count, kind in fields:
+            size = -(-size // 8) * 8  # int64 views need it
+            places.append((name, count, np.dtype(kind), size))
+            size += count * np.dtype(kind).itemsize
+        self._buffer = torch.zeros(max(8, size), dtype=torch.uint8, device=device)
+        self.device = {name: self._buffer[at : at + count * kind.itemsize].view(_TORCH[kind])
+                       for name, count, kind, at in places}  # fmt: skip
+        self._staging = [torch.zeros(max(8, size), dtype=torch.uint8, pin_memory=device.type == "cuda") for _ in range(_COPIES)]
+        self._views = [{name: buffer.numpy()[at : at + count * kind.itemsize].view(kind)
+                        for name, count, kind, at in places} for buffer in self._staging]  # fmt: skip
+        self._turn = 0
+
+    @property
+    def host(self) -> dict[str, np.ndarray]:
+        return self._views[self._turn]
+
+    def turn(self) -> dict[str, np.ndarray]:
+        self._turn = (self._turn + 1) % _COPIES
+        return self.host
+
+    def send(self) -> None:
+        self._buffer.copy_(self._staging[self._turn], non_blocking=True)

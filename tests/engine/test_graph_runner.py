@@ -1,0 +1,116 @@
+"""The captured steps against the step-by-step runner: in the interpreter on a CPU (replay is a call), as graphs on a GPU."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from benchmarks.random_model import write_model
+from model_core.dispatch.ops import Ops
+from model_core.dispatch.tiles import StepTiles
+from model_core.engine.config import EngineConfig
+from model_core.engine.engine import Engine
+from model_core.engine.graph_runner import GraphRunner
+from model_core.engine.request import Request, SamplingParams
+from model_core.kernels.decode.attention import SplitTiles
+from model_core.kernels.decode.products import RowTiles
+from model_core.kernels.decode.tiles import TensorTiles
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+only_gpu = pytest.mark.skipif(not GPU, reason="a minute in the interpreter; the scheduler's tests cover the plans on a CPU")
+ROWS = StepTiles(RowTiles(16, 64, 4), RowTiles(32, 64, 4), RowTiles(64, 64, 4), RowTiles(32, 64, 4), RowTiles(128, 64, 4))
+TILES = StepTiles(TensorTiles(8, 32, 2, 4, 2), TensorTiles(32, 32, 1, 4, 2), TensorTiles(64, 32, 1, 4, 2),
+                  TensorTiles(32, 32, 2, 4, 2), TensorTiles(128, 32, 1, 4, 2))  # fmt: skip
+LIBRARY = StepTiles(*["library"] * 5)
+PROMPTS = [[(7 * place * place + 31 * row + place) % 500 for place in range(length)]
+           for row, length in enumerate([1, 17, 40 if GPU else 18])]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_model("tiny", tmp_path_factory.mktemp("model") / "tiny", dtype=torch.float32)
+
+
+def run(folder, requests, *, tiles=None, abort=None, **config):
+    """Token ids by request, and the engine's statistics. tiles: of a GraphRunner for all buckets; None: the plain runner."""
+    config = {"dtype": "float32", "kv_cache_bytes": 1 << 20, "max_seqs": 4, "device": DEVICE, "cuda_graphs": False} | config
+    engine = Engine.load(folder, EngineConfig(**config))
+    parts = engine.parts
+    if tiles is not None:
+        ops = Ops(parts.device, overrides={"default": "triton"})
+        parts.runner = GraphRunner(parts.runner.model, ops, parts.runner.kv, parts.limits, 16, parts.device,
+                                   tiles=tiles, split=SplitTiles(32, 16, 4, 1))  # fmt: skip
+        parts.runner.warm_up(parts.limits.max_batch_tokens)
+        engine._lookahead = 1  # as on a GPU, wherever this runs
+    parts.runner.kv.poison(1e30)  # the dump page too
+    tokens, finishes, logprobs, done = {}, {}, {}, threading.Event()
+
+    def on_step(events):
+        for event in events:
+            tokens.setdefault(event.request_id, []).extend(event.token_ids)
+            logprobs.setdefault(event.request_id, []).extend(event.logprobs or [])
+            if event.finish:
+                finishes[event.request_id] = event.finish
+            if abort == event.request_id and len(tokens[abort]) == 3:
+                engine.abort(abort)
+        if len(finishes) == len(requests):
+            done.set()
+
+    engine.start(on_step)
+    for request in requests:
+        engine.submit(request)
+    assert done.wait(170), f"{engine.stage} {engine.failure}"
+    stats = engine.stats()
+    engine.shutdown()
+    assert stats.pages_free + stats.pages_cached == stats.pages_total
+    return tokens, finishes, logprobs, stats
+
+
+def ask(max_tokens=40 if GPU else 3, **params):
+    return [Request(f"r{i}", prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True, **params))
+            for i, prompt in enumerate(PROMPTS)]  # fmt: skip
+
+
+@pytest.mark.parametrize("tiles", [pytest.param(ROWS, marks=only_gpu), TILES, pytest.param(LIBRARY, marks=only_gpu)],
+                         ids=["rows", "tiles", "library"])  # fmt: skip
+def test_greedy_tokens_are_the_plain_runners(folder, tiles):
+    requests = ask(temperature=0.0)
+    expected = run(folder, requests)
+    actual = run(folder, requests, tiles={1: ROWS, 2: tiles, 4: tiles})
+    assert actual[:2] == expected[:2]
+
+
+@only_gpu
+def test_chunks_preemption_and_prefix_hits_change_nothing(folder):
+    """A chunk of one token is not a decode; a preempted sequence comes back into another slot."""
+    requests = ask(temperature=0.0, max_tokens=40)
+    expected = run(folder, requests)
+    page = 16 * 2 * 2 * 2 * 16 * 4  # bytes: tokens, K and V, layers, heads, size of a head, float32
+    actual = run(folder, [*requests, Request("again", PROMPTS[2], requests[0].params)], tiles={1: TILES, 4: TILES},
+                 max_seqs=4, max_batch_tokens=13, kv_cache_bytes=10 * page)  # fmt: skip
+    assert actual[3].preemptions > 0 and actual[3].prefix_hits > 0
+    assert {key: actual[0][key] for key in expected[0]} == expected[0] and actual[0]["again"] == expected[0]["r2"]
+
+
+def test_seeded_and_every_other_way_of_sampling(folder):
+    """Temperature is the graph's own; the rest is sampled again from the graph's logits."""
+    ways = [dict(temperature=1.0, seed=3), dict(temperature=0.8, seed=4, top_k=5, top_p=0.9),
+            dict(temperature=0.0, logprobs=2, frequency_penalty=1.5, logit_bias={7: 3.0})]  # fmt: skip
+    requests = [Request(f"r{i}", PROMPTS[i], SamplingParams(max_tokens=3, ignore_eos=True, **way))
+                for i, way in enumerate(ways)]  # fmt: skip
+    expected, actual = run(folder, requests), run(folder, requests, tiles={4: TILES})
+    assert actual[0] == expected[0]
+    got, wanted = actual[2]["r2"], expected[2]["r2"]
+    assert len(got) == 3 and all(abs(a.logprob - b.logprob) < 1e-4 for a, b in zip(got, wanted, strict=True))
+
+
+@only_gpu
+def test_an_abort_in_flight_leaves_the_others_alone(folder):
+    requests = ask(temperature=0.0)
+    expected = run(folder, requests)
+    actual = run(folder, requests, tiles={4: TILES}, abort="r1")
+    assert actual[1]["r1"] == "abort"
+    assert all(actual[0][key] == expected[0][key] for key in ("r0", "r2"))
