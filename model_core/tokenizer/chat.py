@@ -7,6 +7,7 @@ apply_chat_template. Templates come from checkpoints, not from users; still, tim
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -24,7 +25,8 @@ from model_core.tokenizer.split import Splitter
 
 MAX_RENDERED_CHARS = 16_777_216
 MAX_RENDER_SECONDS = 10.0
-_OURS = frozenset({"messages", "add_generation_prompt", "_tick"})
+_ESCAPE = re.compile(r"\\u([0-9a-f]{4})")
+_OURS = frozenset({"messages", "add_generation_prompt", "_tick", "_join"})
 
 
 class ChatTemplate:
@@ -188,12 +190,19 @@ def strings_of(value: Any) -> Iterator[str]:
 
 
 def pick_marker(strings: list[str]) -> str:
-    """A private-use character (U+E000 to U+F8FF, then plane 15) that none of `strings` holds."""
-    used = set().union(*strings)
+    """A private-use character (U+E000 to U+F8FF, then plane 15) that none of `strings` holds, nor its escape."""
+    used = set().union(*strings) | {chr(int(code, 16)) for string in strings for code in _ESCAPE.findall(string)}
     for code in (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE)):
         if chr(code) not in used:
             return chr(code)
     raise RequestError("the messages use every private-use character of Unicode", param="messages")
+
+
+def unmark(text: str, marker: str) -> str:
+    """`text` without `marker`, and without it as printed lists and tojson(ensure_ascii=true) write it."""
+    for form in (marker, repr(marker)[1:-1], json.dumps(marker)[1:-1]):
+        text = text.replace(form, "")
+    return text
 
 
 def mark(value: Any, splitter: Splitter, marker: str) -> Any:

@@ -185,7 +185,7 @@ def _json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: larger than {_MAX_CONFIG_BYTES} bytes; that is no configuration file")
     try:
         found = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: must hold a JSON object")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from model_core.errors import RequestError
-from model_core.tokenizer.chat import ChatTemplate, mark, pick_marker, strings_of
+from model_core.tokenizer.chat import ChatTemplate, mark, pick_marker, strings_of, unmark
 from model_core.tokenizer.split import AddedToken, Splitter
 
 
@@ -76,7 +76,7 @@ class Tokenizer:
             if token is not None:
                 ids.append(token.id)
                 continue
-            plain = piece.replace(marker, "") if marker else piece
+            plain = unmark(piece, marker) if marker else piece
             if plain:
                 ids += self._codec.encode(plain, start == 0)
         return ids

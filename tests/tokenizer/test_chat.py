@@ -198,18 +198,28 @@ def test_smollm2_does_not_obey_an_end_of_turn_in_a_message(smollm2: Tokenizer) -
     assert control(smollm2, obeyed) == [1, 2, 1, 2, 1, 2, 2, 1]  # what it would be without care
 
 
-def test_other_fields_and_arguments_are_text_too(make) -> None:
-    tokenizer = make("{{ bos_token }}{{ tools | tojson }}{{ messages[0] | tojson }}{{ extra | tojson }}")
-    messages = [{"role": "user", "content": "", "name": "<|eot_id|>", "tool_calls": [{"<s>": ["</s>"]}]}]
-    kwargs: dict[str, Any] = {"tools": [{"name": "[INST]", "n": (1, "<|endoftext|>")}], "extra": {"<|im_end|>": "</s>"}}
+@pytest.mark.parametrize(("message", "kwargs"), [
+    ({"name": "<|eot_id|>"}, {}),
+    ({"<|eot_id|>": 1}, {}),
+    ({"tool_calls": [{"arguments": {"a": ["<|eot_id|>"]}}]}, {}),
+    ({"tool_calls": ({"a": 1, "b": ("<|eot_id|>",)},)}, {}),
+    ({}, {"tools": [{"name": "<|eot_id|>"}]}),
+    ({}, {"tools": {"<|eot_id|>": None}}),
+    ({"name": "<|eot"}, {"tools": "_id|>"}),
+], ids=str)  # fmt: skip
+def test_other_fields_and_arguments_are_text_too(message: dict, kwargs: dict, make) -> None:
+    tokenizer = make("{{ bos_token }}{{ messages[0] | tojson }}{{ messages[0].name }}{{ tools }}{{ tools | tojson }}"
+                     "{{ messages[0] | tojson(ensure_ascii=true) }}{{ tools | tojson(ensure_ascii=true) }}")
+    messages = [{"role": "user", "content": "", **message}]
     ids = tokenizer.encode_chat(messages, **kwargs)
     assert control(tokenizer, ids) == [tokenizer.bos_id]
-    assert tokenizer.decode(ids, skip_special_tokens=False) == tokenizer.render_chat(messages, **kwargs)
+    text = tokenizer.render_chat([json.loads(json.dumps(message)) for message in messages], **kwargs)
+    assert "<|eot_id|>" in text and tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
 def test_private_use_characters_of_the_user_and_the_template_survive(make) -> None:
     tokenizer = make("\ue001{{ messages[0].content }}<|im_end|>")
-    for text in ("\ue000<s>\ue000", "".join(map(chr, range(0xE000, 0xF900))) + "<s>"):
+    for text in ("\ue000<s>\ue000", "\\ue000\ue001<s>\\ue002", "".join(map(chr, range(0xE000, 0xF900))) + "<s>"):
         ids = tokenizer.encode_chat(user(text))
         assert tokenizer.decode(ids, skip_special_tokens=False) == f"\ue001{text}<|im_end|>"
         assert control(tokenizer, ids) == [SPECIALS.index("<|im_end|>")]
@@ -307,35 +317,69 @@ def test_nothing_outside_the_template_is_reached_or_changed(expression: str) -> 
         assert "is unsafe" in str(error)
 
 
-RUNAWAYS = {
-    "endless loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "endless filtered loops": "{% for a in range(99999) if a %}{% for b in range(99999) if b < 0 %}{% endfor %}{% endfor %}",
-    "exponential macro": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-    "endless macro": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "recursive loop": "{% for a in range(9) recursive %}{{ loop(range(9)) }}{% endfor %}",
-    "range": "{{ range(10 ** 9) | list }}",
-    "text": "{{ ('x' * 10 ** 10) | length }}",
-    "text from the right": "{{ (10 ** 10 * 'x') | length }}",
-    "list": "{{ ([0] * 10 ** 10) | length }}",
-    "power": "{{ 9 ** (9 ** 9) }}",
-    "powers in a loop": "{% set ns = namespace(n=9) %}{% for i in range(60) %}{% set ns.n = ns.n ** 9 %}{% endfor %}",
-    "products in a loop": "{% set ns = namespace(n=9) %}{% for i in range(60) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
-    "doubled text": "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
-    "joined text": "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
-    "joined in a macro": "{% macro f(s, n) %}{{ f(s ~ s ~ '', n - 1) if n else s | length }}{% endmacro %}{{ f('x', 60) }}",
-    "doubled list": "{% set ns = namespace(s=[0]) %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
-    "doubled tuple": "{% set ns = namespace(s=(0,)) %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
-    "long answer": "{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}",
+ENDLESS = {
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "filtered loops": "{% for a in range(99999) if a %}{% for b in range(99999) if b < 0 %}{% endfor %}{% endfor %}",
+    "loops in a macro": "{% macro f() %}{% for a in range(99999) %}{{ caller() }}{% endfor %}{% endmacro %}"
+                        "{% call f() %}{% call f() %}{% endcall %}{% endcall %}",
+    "macro": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", RUNAWAYS)
-def test_time_and_size_are_bounded(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ENDLESS)
+def test_time_is_bounded(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat, "MAX_RENDER_SECONDS", 0.3)
     start = time.perf_counter()
-    with pytest.raises(RequestError, match="took more than 0.3 seconds|exceeds|[Rr]ange too big|recursion"):
-        ChatTemplate({"default": RUNAWAYS[what]}).render(user("a"), add_generation_prompt=True)
+    with pytest.raises(RequestError, match="it took more than 0.3 seconds"):
+        ChatTemplate({"default": ENDLESS[what]}).render(user("a"), add_generation_prompt=True)
     assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize("template", [
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{% for a in range(9) recursive %}{{ loop(range(9)) }}{% endfor %}"])
+def test_depth_is_bounded(template: str) -> None:
+    with pytest.raises(RequestError, match="recursion"):
+        ChatTemplate({"default": template}).render([], add_generation_prompt=True)
+
+
+def repeat(times: int, start: str, step: str) -> str:
+    """`step` of ns.x, `times` times; only the length is written."""
+    return (f"{{% set ns = namespace(x={start}) %}}{{% for i in range({times}) %}}{{% set ns.x = {step} %}}{{% endfor %}}"
+            "{{ ns.x | string | length }}")
+
+
+LARGE = {  # each would succeed, in seconds at most, if nothing looked at sizes
+    "range": ("{{ range(2 * 10 ** 6) | list | length }}", "Range too big"),
+    "text": ("{{ ('x' * 2 ** 25) | length }}", "exceeds 16777216 characters"),
+    "text from the right": ("{{ (2 ** 25 * 'x') | length }}", "exceeds 16777216 characters"),
+    "list": ("{{ ([0] * 2 ** 25) | length }}", "exceeds 16777216 characters or items"),
+    "power": ("{{ 9 ** (9 ** 6) % 10 }}", "a power exceeds 4096 bits"),
+    "powers": (repeat(5, "9", "ns.x ** 9") + "", "a power exceeds"),
+    "products": ("{% set ns = namespace(x=9) %}{% for i in range(20) %}{% set ns.x = ns.x * ns.x %}{% endfor %}{{ ns.x % 10 }}",
+                 "a product exceeds 4096 bits"),
+    "added text": (repeat(25, "'x'", "ns.x + ns.x"), "exceeds 16777216 characters"),
+    "joined text": (repeat(25, "'x'", "ns.x ~ ns.x"), "exceeds 16777216 characters"),
+    "joined within a join": (repeat(25, "'x'", "'' ~ ((ns.x ~ ns.x) | length)") + "{{ '' ~ (('x' * 2 ** 24 ~ 'x') | length) }}",
+                             "exceeds 16777216 characters"),
+    "added lists": ("{% set ns = namespace(x=[0]) %}{% for i in range(25) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+                    "exceeds 16777216 characters or items"),
+    "added tuples": ("{% set ns = namespace(x=(0,)) %}{% for i in range(25) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+                     "exceeds 16777216 characters or items"),
+    "the whole": ("{% for a in range(33) %}{{ 'x' * 2 ** 19 }}{% endfor %}", "the prompt exceeds 16777216 characters"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LARGE)
+def test_size_is_bounded(what: str) -> None:
+    template, message = LARGE[what]
+    with pytest.raises(RequestError, match=message):
+        ChatTemplate({"default": template}).render([], add_generation_prompt=True)
+
+
+def test_sizes_just_within_the_bounds() -> None:
+    template = ("{% for a in range(31) %}{{ 'x' * 2 ** 19 }}{% endfor %}{{ ('x' * 2 ** 24) | length }}"
+                "{{ 2 ** 2000 * 2 ** 2000 % 7 }}")
+    assert len(ChatTemplate({"default": template}).render([], add_generation_prompt=True)) == 31 * 2**19 + 9
 
 
 def test_a_long_conversation_stays_within_the_bounds(smollm2: Tokenizer) -> None:
@@ -387,7 +431,8 @@ def test_a_folder_without_a_template(config: dict, bpe_dir: Path, tmp_path: Path
     ({"chat_template": {"default": ["text"]}}, {}),
     ({}, {"chat_template__json": "{"}),
     ({}, {"chat_template__json": "[]"}),
-], ids=str)  # fmt: skip
+    ({}, {"chat_template__json": "[" * 100_000}),
+], ids=lambda value: str(value)[:60])  # fmt: skip
 def test_a_damaged_template_is_named(config: dict, files: dict, bpe_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="chat_template"):
         folder(bpe_dir, tmp_path, config, **files)
