@@ -248,7 +248,7 @@ def test_figures_are_computed_as_the_help_says(monkeypatch):
     clock = [10.0]
     monkeypatch.setattr(figures, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     model = ModelConfig("llama", 2, 8, 8, 4, 2, 16, 100, 512)
-    seen = Figures(model, weight_bytes=1_000_000_000, kv_element_bytes=4, prompt_tokens=100, begun=clock[0])
+    seen = Figures(model, weight_bytes=1000, kv_element_bytes=4, prompt_tokens=100, begun=clock[0])
     assert str(seen) == "[100 prompt tokens, no answer]"
     clock[0] = 10.5
     seen.count(1)
@@ -258,7 +258,8 @@ def test_figures_are_computed_as_the_help_says(monkeypatch):
         seen.count(1)
     per_token = 2 * 2 * 2 * 16 * 4
     assert seen.tokens_per_second == pytest.approx(10)
-    assert seen.bytes_per_second == pytest.approx(sum(1e9 + (100 + n) * per_token for n in range(1, 10)) / 0.9)
+    assert seen.bytes_per_second == pytest.approx(sum(1000 + (100 + n) * per_token for n in range(1, 10)) / 0.9)
+    seen.weight_bytes = 1_000_000_000
     assert str(seen) == "[100 prompt tokens, 10 new ones; TTFT 500 ms, 10.0 tokens/s, 10.0 GB/s]"
     seen.cached_tokens = 64
     assert "100 prompt tokens (64 from the cache), 10 new" in str(seen)
