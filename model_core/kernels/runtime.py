@@ -5,6 +5,7 @@ the kernels stay plain, uncalled functions. TRITON_INTERPRET=1, set before this 
 (the interpreter has no bfloat16: it keeps raw bits and truncates).
 """
 
+import importlib
 import os
 import sys
 import types
@@ -21,15 +22,21 @@ if INTERPRETED or "triton" in sys.modules or torch.cuda.is_available():
     except ImportError:  # no wheel for this platform: the torch references serve
         triton = None
 
+
+
+def _no_jit(function: Any = None, **_: Any) -> Any:
+    return function if function is not None else lambda wrapped: wrapped
+
+
+jit: Any = _no_jit
+gluon_jit: Any = _no_jit  # Gluon: Triton with explicit layouts; the interpreter does not know it
+tl: Any = types.SimpleNamespace(constexpr=int)
+gl: Any = types.SimpleNamespace(constexpr=int)
 if triton is not None:
-    import triton.language as tl
-
-    jit: Any = triton.jit
-else:
-    tl = types.SimpleNamespace(constexpr=int)  # type: ignore[assignment]
-
-    def jit(function: Any = None, **_: Any) -> Any:
-        return function if function is not None else lambda wrapped: wrapped
+    tl, jit = importlib.import_module("triton.language"), triton.jit
+    if not INTERPRETED:
+        gluon = importlib.import_module("triton.experimental.gluon")
+        gl, gluon_jit = importlib.import_module("triton.experimental.gluon.language"), gluon.jit
 
 
 def cdiv(a: int, b: int) -> int:

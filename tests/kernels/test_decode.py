@@ -12,6 +12,7 @@ from model_core.kernels.decode.head import head, head_library, head_tiles, head_
 from model_core.kernels.decode.products import RowTiles, chains_launches
 from model_core.kernels.decode.project import project, project_library, project_tiles, project_tiles_torch, project_torch
 from model_core.kernels.decode.qkv import qkv, qkv_library, qkv_tiles, qkv_torch
+from model_core.kernels.decode.registers import RegisterTiles
 from model_core.kernels.decode.sample import SampleSpace, sample, sample_torch
 from model_core.kernels.decode.state import DecodeState
 from model_core.kernels.decode.tiles import Stream, TensorTiles, TileSpace
@@ -112,6 +113,33 @@ def test_qkv_in_tiles(case, dtype, close, tiles, bias):
     case.check_qkv(close, inputs, False, lambda caches, q: qkv_tiles(
         case.stream(case.x), case.w_qkv, inputs[3], case.cos_sin, case.rows, case.state, *caches, q, eps=EPS, tiles=tiles,
         pdl=case.pdl, space=case.space))  # fmt: skip
+    assert (case.space.arrived == 0).all()
+
+
+@pytest.mark.skipif(not GPU, reason="Gluon has no interpreter")
+@pytest.mark.parametrize("tiles", [RegisterTiles(16, 32, 1, 2), RegisterTiles(16, 32, 2, 2)], ids=["whole", "split"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_products_in_registers(device, close, dtype, tiles):
+    case = Case(dtype, device, hidden=128)
+    for bias in (None, case.bias):
+        inputs = (case.x, case.gain, case.w_qkv, bias, case.cos_sin, case.rows)
+        case.check_qkv(close, inputs, False, lambda caches, q, bias=bias: qkv_tiles(
+            case.stream(case.x), case.w_qkv, bias, case.cos_sin, case.rows, case.state, *caches, q, eps=EPS, tiles=tiles,
+            pdl=case.pdl, space=case.space))  # fmt: skip
+    x, streams = case.q.flatten(1), [case.stream(case.x), case.stream(case.x, torch.float32)]
+    project_tiles(x, case.w_o, case.gain, streams[0], tiles=tiles, pdl=case.pdl, space=case.space)
+    project_tiles_torch(x, case.w_o, case.gain, streams[1])
+    check_streams(close, *streams, bound(dtype))
+    out = torch.empty(3, case.inner, dtype=dtype, device=device)
+    expected = torch.empty_like(out, dtype=torch.float32)
+    gate_up_tiles(case.stream(case.x), case.w_gate_up, out, eps=EPS, tiles=tiles, pdl=case.pdl, space=case.space)
+    gate_up_torch(case.x, case.gain, case.w_gate_up, expected, eps=EPS)
+    close(out, expected, bound(dtype))
+    if tiles.splits == 1:
+        logits, exact = (torch.empty(3, VOCAB, device=device) for _ in range(2))
+        head_tiles(case.stream(case.x), case.w_head, logits, eps=EPS, tiles=tiles, pdl=case.pdl)
+        head_torch(case.x, case.gain, case.w_head, exact, eps=EPS)
+        assert (logits - exact).abs().max() <= bound(dtype) * torch.finfo(dtype).eps * exact.abs().max()
     assert (case.space.arrived == 0).all()
 
 

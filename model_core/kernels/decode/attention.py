@@ -29,6 +29,7 @@ class SplitTiles:
     keys: int
     warps: int
     stages: int
+    ahead: bool = True  # ask for keys and values before the wait; worth it where few programs run
 
 
 @jit
@@ -43,7 +44,7 @@ def _kernel(
     table_row, k_page, k_slot, k_head, v_page, v_slot, v_head,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_ROWS: tl.constexpr,
     PAGE: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = HEADS // KV_HEADS
     kv_head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -55,7 +56,7 @@ def _kernel(
     first = lowest // BLOCK_N * BLOCK_N
     size = SPLIT * tl.cdiv(context - first, SPLIT * SPLITS)
     used = tl.cdiv(context - first, size)
-    if PDL:  # noqa: SIM102 - known to the compiler, the rest is not
+    if AHEAD:  # noqa: SIM102 - known to the compiler, the rest is not
         if split < used:
             n = first + split * size + tl.arange(0, SPLIT)
             page = tl.load(table_ptr + slot * table_row + n // PAGE, mask=n < context, other=0).to(tl.int64)
@@ -162,7 +163,7 @@ def attention(
         scale * _LOG2_E, state.block_tables.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], HEADS=heads,
         KV_HEADS=kv_heads, D=dim, BLOCK_D=max(16, next_power_of_2(dim)), GROUP_ROWS=max(16, next_power_of_2(group)),
         PAGE=page_size, SPLIT=tiles.split, SPLITS=MAX_SPLITS, BLOCK_N=tiles.keys, WINDOW=window or 0, STAGES=tiles.stages,
-        PDL=pdl, num_warps=tiles.warps,
+        AHEAD=pdl and tiles.ahead, PDL=pdl, num_warps=tiles.warps,
         **launch_options(pdl))  # fmt: skip
 
 

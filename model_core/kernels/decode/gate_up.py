@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from model_core.kernels.decode import registers
 from model_core.kernels.decode.products import RowTiles, dot_rows, follow, launch_options, load_rows, load_x
 from model_core.kernels.decode.tiles import (
     Stream,
@@ -21,6 +22,7 @@ from model_core.kernels.decode.tiles import (
 )
 from model_core.kernels.runtime import cdiv, jit, tl
 
+AnyTiles = TensorTiles | registers.RegisterTiles
 
 @jit
 def _kernel(
@@ -94,12 +96,13 @@ def gate_up(
 
 
 def gate_up_tiles(
-    stream: Stream, weight: torch.Tensor, out: torch.Tensor, *, eps: float, tiles: TensorTiles, pdl: bool, space: TileSpace
+    stream: Stream, weight: torch.Tensor, out: torch.Tensor, *, eps: float, tiles: AnyTiles, pdl: bool, space: TileSpace
 ) -> None:
     """The same from a residual stream that is scaled for this norm; tiles.rows counts rows of one half."""
     inner, size, count = weight.shape[0] // 2, weight.shape[1], out.shape[0]
     assert weight.is_contiguous() and out.is_contiguous()
-    _tile_kernel[tiles.grid(inner, count)](
+    kernel = registers.gate_up_kernel if isinstance(tiles, registers.RegisterTiles) else _tile_kernel
+    kernel[tiles.grid(inner, count)](
         stream.scaled, stream.squares, weight, out, space.part, space.arrived, eps, M=count, INNER=inner, K=size,
         PARTS=stream.parts, ROWS=stream.rows, PDL=pdl, **tiles.options(count, **launch_options(pdl)))  # fmt: skip
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from model_core.kernels.decode import registers
 from model_core.kernels.decode.products import RowTiles, dot_rows, follow, launch_options, load_rows, load_x
 from model_core.kernels.decode.tiles import Stream, TensorTiles, fetch_ahead, norm_factor, tile_product
 from model_core.kernels.runtime import cdiv, jit, tl
 
+AnyTiles = TensorTiles | registers.RegisterTiles
 
 @jit
 def _kernel(
@@ -66,13 +68,14 @@ def head(
 
 
 def head_tiles(
-    stream: Stream, weight: torch.Tensor, logits: torch.Tensor, *, eps: float, tiles: TensorTiles, pdl: bool
+    stream: Stream, weight: torch.Tensor, logits: torch.Tensor, *, eps: float, tiles: AnyTiles, pdl: bool
 ) -> None:
     """The same from a residual stream that is scaled for the final norm; tiles.splits is 1."""
     size, width = weight.shape
     count = logits.shape[0]
     assert weight.is_contiguous() and logits.is_contiguous() and tiles.splits == 1
-    _tile_kernel[tiles.grid(size, count)](
+    kernel = registers.head_kernel if isinstance(tiles, registers.RegisterTiles) else _tile_kernel
+    kernel[tiles.grid(size, count)](
         stream.scaled, stream.squares, weight, logits, eps, M=count, N=size, K=width, PARTS=stream.parts, ROWS=stream.rows,
         PDL=pdl, **tiles.options(count, **launch_options(pdl)))  # fmt: skip
 

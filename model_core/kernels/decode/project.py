@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from model_core.kernels.decode import registers
 from model_core.kernels.decode.embed import write_stream_torch
 from model_core.kernels.decode.products import RowTiles, dot_rows, follow, launch_options, load_rows, load_x
 from model_core.kernels.decode.tiles import (
@@ -19,6 +20,7 @@ from model_core.kernels.decode.tiles import (
 )
 from model_core.kernels.runtime import cdiv, jit, tl
 
+AnyTiles = TensorTiles | registers.RegisterTiles
 
 @jit
 def _kernel(
@@ -85,7 +87,7 @@ def project(
 
 
 def project_tiles(
-    x: torch.Tensor, weight: torch.Tensor, gain: torch.Tensor, stream: Stream, *, tiles: TensorTiles, pdl: bool,
+    x: torch.Tensor, weight: torch.Tensor, gain: torch.Tensor, stream: Stream, *, tiles: AnyTiles, pdl: bool,
     space: TileSpace,
 ) -> None:  # fmt: skip
     """stream += x [M, K] @ weight [N, K].T, scaled for the norm of `gain` [N] that comes next."""
@@ -93,7 +95,8 @@ def project_tiles(
     count = x.shape[0]
     assert weight.is_contiguous() and x.is_contiguous()
     stream.parts = size // tiles.rows
-    _tile_kernel[tiles.grid(size, count)](
+    kernel = registers.project_kernel if isinstance(tiles, registers.RegisterTiles) else _tile_kernel
+    kernel[tiles.grid(size, count)](
         x, weight, gain, stream.residual, stream.scaled, stream.squares, space.part, space.arrived, M=count, N=size,
         K=width, ROWS=stream.rows, PDL=pdl, **tiles.options(count, **launch_options(pdl)))  # fmt: skip
 

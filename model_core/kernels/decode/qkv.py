@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from model_core.kernels.decode import registers
 from model_core.kernels.decode.products import RowTiles, dot_rows, follow, launch_options, load_rows, load_x
 from model_core.kernels.decode.state import DecodeState
 from model_core.kernels.decode.tiles import (
@@ -23,6 +24,7 @@ from model_core.kernels.decode.tiles import (
 )
 from model_core.kernels.runtime import cdiv, jit, next_power_of_2, tl
 
+AnyTiles = TensorTiles | registers.RegisterTiles
 
 @jit
 def _kernel(
@@ -179,13 +181,14 @@ def qkv(
 
 def qkv_tiles(
     stream: Stream, weight: torch.Tensor, bias: torch.Tensor | None, cos_sin: torch.Tensor, rows: torch.Tensor,
-    state: DecodeState, k_cache: torch.Tensor, v_cache: torch.Tensor, q: torch.Tensor, *, eps: float, tiles: TensorTiles,
+    state: DecodeState, k_cache: torch.Tensor, v_cache: torch.Tensor, q: torch.Tensor, *, eps: float, tiles: AnyTiles,
     pdl: bool, space: TileSpace,
 ) -> None:  # fmt: skip
     """The same from a residual stream that is scaled for this norm; tiles.rows counts pairs of rows."""
     pairs, shape = _shape(q, k_cache, weight, bias, pdl)
     assert q.shape[2] // 2 % tiles.rows == 0
-    _tile_kernel[tiles.grid(pairs, q.shape[0])](
+    kernel = registers.qkv_kernel if isinstance(tiles, registers.RegisterTiles) else _tile_kernel
+    kernel[tiles.grid(pairs, q.shape[0])](
         stream.scaled, stream.squares, weight, weight if bias is None else bias, cos_sin, rows, state.position,
         state.block_tables, q, k_cache, v_cache, space.part, space.arrived, eps, state.block_tables.stride(0),
         *k_cache.stride()[:3], *v_cache.stride()[:3], M=q.shape[0], PARTS=stream.parts, ROWS=stream.rows,
