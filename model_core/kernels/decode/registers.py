@@ -69,12 +69,12 @@ def _product(
     k = begin + gl.arange(0, BK, layout=gl.SliceLayout(0, A))
     at = w_ptr + (first + n).to(gl.int64)[:, None] * K + k[None, :]
     other_at = w_ptr + (other_first + n).to(gl.int64)[:, None] * K + k[None, :]
-    w: Any = ()
-    v: Any = ()
+    w = ()
+    v = ()
     for c in gl.static_range(DEPTH):
-        w = w + (gl.load(at + c * BK, eviction_policy="evict_first"),)
+        w = w + (gl.load(at + c * BK, eviction_policy="evict_first"),)  # type: ignore[assignment]
         if PAIR:
-            v = v + (gl.load(other_at + c * BK, eviction_policy="evict_first"),)
+            v = v + (gl.load(other_at + c * BK, eviction_policy="evict_first"),)  # type: ignore[assignment]
     _follow(PDL)
     m = m0 + gl.arange(0, BM, layout=gl.SliceLayout(0, B))
     x_k = begin + gl.arange(0, BK, layout=gl.SliceLayout(1, B))
@@ -87,9 +87,9 @@ def _product(
         if PAIR:
             other = mma_v2(v[c], x, other)
         if c + DEPTH < CHUNKS:
-            w = w + (gl.load(at + (c + DEPTH) * BK, eviction_policy="evict_first"),)
+            w = w + (gl.load(at + (c + DEPTH) * BK, eviction_policy="evict_first"),)  # type: ignore[assignment]
             if PAIR:
-                v = v + (gl.load(other_at + (c + DEPTH) * BK, eviction_policy="evict_first"),)
+                v = v + (gl.load(other_at + (c + DEPTH) * BK, eviction_policy="evict_first"),)  # type: ignore[assignment]
     return acc, other
 
 
