@@ -98,13 +98,16 @@ def gate_up(
 def gate_up_tiles(
     stream: Stream, weight: torch.Tensor, out: torch.Tensor, *, eps: float, tiles: AnyTiles, pdl: bool, space: TileSpace
 ) -> None:
-    """The same from a residual stream that is scaled for this norm; tiles.rows counts rows of one half."""
+    """The same from a residual stream that is scaled for this norm; TensorTiles' rows count those of one half."""
     inner, size, count = weight.shape[0] // 2, weight.shape[1], out.shape[0]
     assert weight.is_contiguous() and out.is_contiguous()
-    kernel = registers.gate_up_kernel if isinstance(tiles, registers.RegisterTiles) else _tile_kernel
-    kernel[tiles.grid(inner, count)](
-        stream.scaled, stream.squares, weight, out, space.part, space.arrived, eps, M=count, INNER=inner, K=size,
-        PARTS=stream.parts, ROWS=stream.rows, PDL=pdl, **tiles.options(count, **launch_options(pdl)))  # fmt: skip
+    common = dict(M=count, INNER=inner, K=size, PARTS=stream.parts, ROWS=stream.rows, PDL=pdl,
+                  **tiles.options(count, **launch_options(pdl)))  # fmt: skip
+    if isinstance(tiles, registers.RegisterTiles):
+        registers.gate_up_kernel[tiles.grid(2 * inner, count)](stream.scaled, stream.squares, weight, out, eps, **common)
+    else:
+        _tile_kernel[tiles.grid(inner, count)](
+            stream.scaled, stream.squares, weight, out, space.part, space.arrived, eps, **common)  # fmt: skip
 
 
 def gate_up_library(

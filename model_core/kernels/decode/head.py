@@ -73,7 +73,7 @@ def head_tiles(
     """The same from a residual stream that is scaled for the final norm; tiles.splits is 1."""
     size, width = weight.shape
     count = logits.shape[0]
-    assert weight.is_contiguous() and logits.is_contiguous() and tiles.splits == 1
+    assert weight.is_contiguous() and logits.is_contiguous() and getattr(tiles, "splits", 1) == 1
     kernel = registers.head_kernel if isinstance(tiles, registers.RegisterTiles) else _tile_kernel
     kernel[tiles.grid(size, count)](
         stream.scaled, stream.squares, weight, logits, eps, M=count, N=size, K=width, PARTS=stream.parts, ROWS=stream.rows,

@@ -95,10 +95,12 @@ def project_tiles(
     count = x.shape[0]
     assert weight.is_contiguous() and x.is_contiguous()
     stream.parts = size // tiles.rows
-    kernel = registers.project_kernel if isinstance(tiles, registers.RegisterTiles) else _tile_kernel
-    kernel[tiles.grid(size, count)](
-        x, weight, gain, stream.residual, stream.scaled, stream.squares, space.part, space.arrived, M=count, N=size,
-        K=width, ROWS=stream.rows, PDL=pdl, **tiles.options(count, **launch_options(pdl)))  # fmt: skip
+    common = dict(M=count, N=size, K=width, ROWS=stream.rows, PDL=pdl, **tiles.options(count, **launch_options(pdl)))
+    buffers = (x, weight, gain, stream.residual, stream.scaled, stream.squares)
+    if isinstance(tiles, registers.RegisterTiles):
+        registers.project_kernel[tiles.grid(size, count)](*buffers, **common)
+    else:
+        _tile_kernel[tiles.grid(size, count)](*buffers, space.part, space.arrived, **common)
 
 
 def project_library(

@@ -186,13 +186,17 @@ def qkv_tiles(
 ) -> None:  # fmt: skip
     """The same from a residual stream that is scaled for this norm; tiles.rows counts pairs of rows."""
     pairs, shape = _shape(q, k_cache, weight, bias, pdl)
-    assert q.shape[2] // 2 % tiles.rows == 0
-    kernel = registers.qkv_kernel if isinstance(tiles, registers.RegisterTiles) else _tile_kernel
-    kernel[tiles.grid(pairs, q.shape[0])](
-        stream.scaled, stream.squares, weight, weight if bias is None else bias, cos_sin, rows, state.position,
-        state.block_tables, q, k_cache, v_cache, space.part, space.arrived, eps, state.block_tables.stride(0),
-        *k_cache.stride()[:3], *v_cache.stride()[:3], M=q.shape[0], PARTS=stream.parts, ROWS=stream.rows,
-        **tiles.options(q.shape[0], **shape))  # fmt: skip
+    inputs = (stream.scaled, stream.squares, weight, weight if bias is None else bias, cos_sin, rows, state.position,
+              state.block_tables, q, k_cache, v_cache)  # fmt: skip
+    strides = (eps, state.block_tables.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3])
+    common = dict(M=q.shape[0], PARTS=stream.parts, ROWS=stream.rows, **tiles.options(q.shape[0], **shape))
+    half = q.shape[2] // 2
+    if isinstance(tiles, registers.RegisterTiles):
+        assert half % (tiles.rows // 2) == 0
+        registers.qkv_kernel[tiles.grid(2 * pairs, q.shape[0])](*inputs, *strides, **common)
+    else:
+        assert half % tiles.rows == 0
+        _tile_kernel[tiles.grid(pairs, q.shape[0])](*inputs, space.part, space.arrived, *strides, **common)
 
 
 def qkv_library(
