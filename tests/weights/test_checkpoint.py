@@ -255,8 +255,9 @@ def test_tensors_that_the_config_has_no_place_for_are_named(make, extra, tmp_pat
 def test_a_config_of_another_depth(make, tmp_path):
     model = make()
     model.config["num_hidden_layers"] = 1
-    with pytest.raises(CheckpointError, match=r"9 unexpected: model.layers.1.\S+; .* \.\.\."):  # eight of them are shown
+    with pytest.raises(CheckpointError, match=r"9 unexpected: model.layers.1.\S+; .* \.\.\.") as caught:
         load(model.save(tmp_path))
+    assert str(caught.value).count("model.layers.1.") == 8
     model.config["num_hidden_layers"] = 3
     with pytest.raises(CheckpointError, match=r"9 missing: model.layers.2.\S+; .* \.\.\."):
         load(model.save(tmp_path))
@@ -411,6 +412,14 @@ def test_paths_without_a_model(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(UnsupportedModel, match="model.safetensors is not a .*gguf file; give one, or a folder"):
         open_checkpoint(tmp_path / "model.safetensors")
+
+
+def test_a_folder_in_the_place_of_a_file(make, tmp_path):
+    make().save(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
+    (tmp_path / "b.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match="b.safetensors is truncated or damaged"):
+        open_checkpoint(tmp_path)
 
 
 def test_one_tensor_in_two_files(make, tmp_path):
