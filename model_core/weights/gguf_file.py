@@ -91,7 +91,13 @@ class GGUFFile:
                     f"{len(self._bytes)}; fetch the file again")
             if name in self.tensors:
                 raise CheckpointError(f"{self.path}: tensor {name!r} is listed twice")
+            if offset % alignment:
+                raise CheckpointError(f"{self.path}: tensor {name!r} begins at {offset}, no multiple of {alignment}")
             self.tensors[name] = GGUFTensor(name, shape, label, start + offset, nbytes)
+        placed = sorted(self.tensors.values(), key=lambda tensor: tensor.offset)
+        for one, other in zip(placed, placed[1:], strict=False):
+            if one.offset + one.nbytes > other.offset:
+                raise CheckpointError(f"{self.path}: tensors {one.name!r} and {other.name!r} overlap")
 
     def _entry(self) -> tuple[str, tuple[int, ...], int, int]:
         cursor = self._cursor
