@@ -62,6 +62,15 @@ class EngineSettings(BaseModel):
     kernels: dict[str, str] = Field(
         default_factory=dict, description="Implementation by op name, e.g. {rmsnorm: torch}; `default` is for all ops."
     )
+    cuda_graphs: bool = Field(
+        default=True, description="Steps on a GPU are captured graphs; false launches every op by itself, for debugging."
+    )
+    capture_at_start: bool = Field(
+        default=False, description="Capture all graphs before the replica is ready, not when it is idle or needs them."
+    )
+    pdl: bool = Field(
+        default=True, description="Chain the launches inside decode graphs (Hopper); without it the same tokens come later."
+    )
     threads: int | None = Field(default=None, description="CPU threads of torch in a replica; null: all cores.")
     seed: int = Field(default=0, description="Base of the seeds given to requests that bring none.")
 

@@ -47,6 +47,8 @@ class Engine:
         self.stage = "not started"  # what the thread does now, for the watchdog's message
         self.failure: str | None = None
         self._inbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
+        self._gate = threading.Lock()
+        self._closed = False
         self._thread: threading.Thread | None = None
         self._on_step: OnStep = lambda events: None
         self._events: list[TokenEvent] = []
@@ -87,7 +89,10 @@ class Engine:
         if self.parts.scheduler.get(request.request_id) is not None:
             raise RequestError(f"request_id {request.request_id!r} is in use by a live request: ids must be unique",
                                param="request_id", code="duplicate_request_id")
-        self._inbox.put(request)
+        with self._gate:  # the thread that ends has answered all that is in the inbox by then, and takes no more
+            if self._closed:
+                raise EngineDead(f"the engine is not running: {self.failure or self.stage}")
+            self._inbox.put(request)
 
     def abort(self, request_id: str) -> None:
         """End a request; its last event has finish "abort". Unknown ids are ignored."""
@@ -129,12 +134,17 @@ class Engine:
         self.stage = "stopped"
         reason: FinishReason = "error" if self.failure else "abort"
         unread = []
-        while not self._inbox.empty():
-            item = self._inbox.get()
-            unread += [item.request_id] if isinstance(item, Request) else []
+        with self._gate:
+            self._closed = True
+            while not self._inbox.empty():
+                item = self._inbox.get()
+                unread += [item.request_id] if isinstance(item, Request) else []
         for request_id in [*self.parts.scheduler.reasons(), *unread]:
             self._events.append(TokenEvent(request_id, [], reason, error=self.failure and f"engine: {self.failure}"))
-        self._flush()
+        try:
+            self._flush()
+        except Exception:  # what failed may have been on_step itself
+            logger.exception("the last events of %d requests could not be delivered", len(unread))
 
     def _prepare(self) -> bool:
         """Use an idle moment; requests are looked at between two pieces of such work."""

@@ -18,7 +18,7 @@ from model_core.engine.packed import Packed
 from model_core.engine.plan import Limits, Scheduled, StepPlan
 from model_core.engine.request import SamplingParams
 from model_core.engine.runner import EVERY_SAMPLER_STEP, InFlight, Part, forbidden_in, record_event, to_host
-from model_core.engine.sampler import Sampled, Sampler, uses_penalties
+from model_core.engine.sampler import Sampled, Sampler, divisor, uses_penalties
 from model_core.kernels.decode.attention import SplitTiles
 from model_core.kernels.decode.state import DecodeState
 from model_core.model.batch import blocks_of
@@ -53,7 +53,7 @@ class GraphRunner:
         self.decodes: DecodeGraphs | None = None
         if self.why_unfused is None:
             config = model.config
-            tiles = tiles or {rows: default_tiles(config, rows) for rows in row_buckets(limits.max_seqs)}
+            tiles = tiles or {rows: default_tiles(config, rows, model.dtype) for rows in row_buckets(limits.max_seqs)}
             split = split or default_split(config)
             chain = DecodeChain(model, kv, self.state, limits.max_seqs, split, pdl=None if pdl else False)
             self.decodes = DecodeGraphs(chain, tiles, limits.max_context, pool)
@@ -138,7 +138,7 @@ class GraphRunner:
         h["sample_slots"][:seqs] = [slot if entry.samples else dump for entry, slot in zip(entries, slots, strict=True)]
         h["logit_rows"][:seqs] = ends - 1
         h["logit_rows"][seqs:] = 0
-        h["temperature"][:seqs] = [entry.seq.request.params.temperature for entry in entries]
+        h["temperature"][:seqs] = [divisor(entry.seq.request.params.temperature) for entry in entries]
         h["temperature"][seqs:] = 0.0
         h["seed"][:seqs] = [entry.seq.request.params.seed for entry in entries]
         blocks = np.array(blocks_of(counts.tolist(), self.prefills.block), dtype=np.int32).ravel()

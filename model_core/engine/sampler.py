@@ -53,7 +53,7 @@ class Sampler:
 
     def assign(self, slot: int, params: SamplingParams, seed: int, tokens: list[int], num_prompt: int) -> None:
         """Fill a slot for a sequence that starts or resumes (after preemption `tokens` holds its output so far)."""
-        self.temperature[slot] = max(params.temperature, _COLDEST) if params.temperature else 0.0
+        self.temperature[slot] = divisor(params.temperature)
         self.top_p[slot], self.min_p[slot] = params.top_p, params.min_p
         self.top_k[slot] = params.top_k if 0 < params.top_k < self.vocab_size else self.vocab_size
         self.repetition[slot], self.presence[slot] = params.repetition_penalty, params.presence_penalty
@@ -155,6 +155,11 @@ class Sampler:
         top_p = self.top_p[slots, None]
         kept = ((before < top_p) | (top_p >= 1)).sum(dim=-1, keepdim=True).clamp(min=1)
         return logits.masked_fill(logits < ordered.gather(1, kept - 1), -torch.inf)
+
+
+def divisor(temperature: float) -> float:
+    """What logits are divided by: 0 is greedy, and nothing else is colder than float32 can divide by."""
+    return max(temperature, _COLDEST) if temperature else 0.0
 
 
 def uses_penalties(params: SamplingParams) -> bool:

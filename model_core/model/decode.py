@@ -12,6 +12,7 @@ from model_core.kernels.decode.head import head, head_library, head_tiles
 from model_core.kernels.decode.products import chains_launches
 from model_core.kernels.decode.project import project, project_library, project_tiles
 from model_core.kernels.decode.qkv import qkv, qkv_library, qkv_tiles
+from model_core.kernels.decode.registers import RegisterTiles
 from model_core.kernels.decode.sample import SampleSpace, sample
 from model_core.kernels.decode.state import DecodeState
 from model_core.kernels.decode.tiles import Stream, TensorTiles, TileSpace
@@ -112,28 +113,28 @@ class DecodeChain:
         model, layer, m, config = self.model, self.model.layers[index], rows.shape[0], self.model.config
         weight, caches, q = _weight(layer.qkv), self.kv.layer(index), self.q[:m]
         common = (weight, layer.qkv.bias, model.cos_sin, rows, self.state, *caches)
-        if isinstance(choice, TensorTiles):
+        if isinstance(choice, TensorTiles | RegisterTiles):
             qkv_tiles(self.stream, *common, q, eps=config.rms_eps, tiles=choice, pdl=self.pdl, space=self.space)
         else:
             qkv_library(self.stream, *common, self._product(m, len(weight)), q, eps=config.rms_eps, pdl=self.pdl)
 
     def compute_project(self, x: torch.Tensor, linear: Linear, gain: torch.Tensor, choice: object) -> None:
         weight = _weight(linear)
-        if isinstance(choice, TensorTiles):
+        if isinstance(choice, TensorTiles | RegisterTiles):
             project_tiles(x, weight, gain, self.stream, tiles=choice, pdl=self.pdl, space=self.space)
         else:
             project_library(x, weight, gain, self.stream, self._product(x.shape[0], len(weight)), pdl=self.pdl)
 
     def compute_gate_up(self, index: int, m: int, choice: object) -> None:
         weight, eps, out = _weight(self.model.layers[index].gate_up), self.model.config.rms_eps, self.inner[:m]
-        if isinstance(choice, TensorTiles):
+        if isinstance(choice, TensorTiles | RegisterTiles):
             gate_up_tiles(self.stream, weight, out, eps=eps, tiles=choice, pdl=self.pdl, space=self.space)
         else:
             gate_up_library(self.stream, weight, self._product(m, len(weight)), out, eps=eps, pdl=self.pdl)
 
     def compute_head(self, m: int, choice: object) -> None:
         weight, eps, logits = _weight(self.model.head), self.model.config.rms_eps, self.logits[:m]
-        if isinstance(choice, TensorTiles):
+        if isinstance(choice, TensorTiles | RegisterTiles):
             head_tiles(self.stream, weight, logits, eps=eps, tiles=choice, pdl=self.pdl)
         else:
             head_library(self.stream, weight, self._product(m, weight.shape[1]), logits, eps=eps, pdl=self.pdl)
