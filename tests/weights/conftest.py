@@ -163,7 +163,8 @@ _LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "
 # What differs from tiny_llama's config, by family. Sliding windows are not said in GGUF files of architecture llama.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
-    "llama_tied": {"tie_word_embeddings": True, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 32},
+    "llama_tied": {"tie_word_embeddings": True, "hidden_size": 288, "num_attention_heads": 9, "num_key_value_heads": 3,
+                   "head_dim": 32},
     "llama3": {"rope_parameters": _LLAMA3_ROPE},
     "llama_linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None},
@@ -191,7 +192,8 @@ class Sample:
     def save_gguf(self, path: Path, kinds: dict[str, str] | None = None, **metadata: Any) -> Path:
         """As llama.cpp's converter writes it: its names, q and k rows in its order for architecture llama.
 
-        kinds: GGML type by the end of the GGUF name ("" is every other matrix), F32 unless given; vectors stay F32.
+        kinds: GGML type by GGUF name or what follows one of its dots ("" is every other matrix), F32 unless given;
+        vectors stay F32.
         metadata: keys (with "__" for ".") added or replaced; None leaves one out.
         """
         import gguf
@@ -239,7 +241,7 @@ class Sample:
                 if arch == "llama" and name.endswith(f"{part}.weight"):
                     array = array.reshape(config[heads], 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
             stored = names.get_name(name, (".weight", ".bias"))
-            kind = next((kind for end, kind in kinds.items() if stored.endswith(end)), "F32")
+            kind = next((kind for end, kind in kinds.items() if not end or f".{stored}".endswith(f".{end}")), "F32")
             quantised = gguf.GGMLQuantizationType[kind if array.ndim > 1 else "F32"]
             writer.add_tensor(stored, gguf.quants.quantize(array, quantised), raw_dtype=quantised)
         if rope["rope_type"] == "llama3":
