@@ -143,10 +143,14 @@ def test_a_killed_replica_reaches_its_clients_and_comes_back(server, client):
 
 
 def test_metrics_count_what_was_served(server):
-    text = server.get("/metrics")[1]
+    """What the engine counts is read once a second, and began again at 0 with the new replica."""
+
+    def counted(name: str) -> bool:
+        values = re.findall(rf"^{name}(?:\{{.*\}})? ([0-9.e+]+)$", server.get("/metrics")[1], re.MULTILINE)
+        return sum(map(float, values)) > 0
+
     for name in ("vllm:generation_tokens_total", "vllm:time_to_first_token_seconds_count", "vllm:request_success_total"):
-        values = re.findall(rf"^{name}(?:\{{.*\}})? ([0-9.e+]+)$", text, re.MULTILINE)
-        assert values and sum(map(float, values)) > 0, name
+        server.wait_until(lambda name=name: counted(name), 10)
 
 
 def test_ctrl_c_stops_everything(server):
