@@ -53,28 +53,31 @@ async def read_json(headers: dict[bytes, bytes], receive: Receive, max_bytes: in
 async def _read(headers: dict[bytes, bytes], receive: Receive, max_bytes: int) -> bytes:
     declared = headers.get(b"content-length", b"")
     if declared.isdigit() and int(declared) > max_bytes:
-        raise await _too_large(receive, 0, max_bytes)
+        await _drain(receive, 0, max_bytes)
+        raise _too_large(max_bytes)
     parts: list[bytes] = []
     size = 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
-        part = message.get("body", b"")
+        part, more = message.get("body", b""), message.get("more_body", False)
         size += len(part)
         if size > max_bytes:
             parts.clear()
-            raise await _too_large(receive, size, max_bytes)
+            if more:
+                await _drain(receive, size, max_bytes)
+            raise _too_large(max_bytes)
         parts.append(part)
-        if not message.get("more_body", False):
+        if not more:
             return b"".join(parts)
 
 
-async def _too_large(receive: Receive, size: int, max_bytes: int) -> ApiError:
+async def _drain(receive: Receive, read: int, max_bytes: int) -> None:
     """Reads on for a bounded while: closing on unread data resets the connection and the client never sees the 413."""
 
     async def drain() -> None:
-        read = size
+        nonlocal read
         while read < DRAIN_FACTOR * max_bytes:
             message = await receive()
             read += len(message.get("body", b""))
@@ -83,6 +86,9 @@ async def _too_large(receive: Receive, size: int, max_bytes: int) -> ApiError:
 
     with suppress(asyncio.TimeoutError):
         await asyncio.wait_for(drain(), DRAIN_TIMEOUT_S)
+
+
+def _too_large(max_bytes: int) -> ApiError:
     return ApiError(
         413,
         f"The request body is larger than this server's limit of {max_bytes} bytes.",

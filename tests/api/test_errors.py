@@ -225,7 +225,7 @@ def test_bodies_over_the_limit(server):
     parts = (b"1000\r\n" + b"a" * 4096 + b"\r\n") * 10 + b"0\r\n\r\n"
     head = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
     head += b"transfer-encoding: chunked\r\n"
-    with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), 3) as connection:  # less than DRAIN_TIMEOUT_S
         connection.sendall(head + b"\r\n" + parts)  # no content-length to be refused by
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
 
