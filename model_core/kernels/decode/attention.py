@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from model_core.kernels.decode import attention_warps
 from model_core.kernels.decode.products import follow, launch_options
 from model_core.kernels.decode.state import DecodeState
 from model_core.kernels.runtime import cdiv, jit, next_power_of_2, tl
@@ -149,22 +150,27 @@ class SplitSpace:
 
 def attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor, rows: torch.Tensor,
-    state: DecodeState, space: SplitSpace, *, scale: float, window: int | None, longest: int, tiles: SplitTiles,
-    pdl: bool,
+    state: DecodeState, space: SplitSpace, *, scale: float, window: int | None, longest: int,
+    tiles: SplitTiles | attention_warps.WarpTiles, pdl: bool,
 ) -> None:  # fmt: skip
     """out [M, Hq, D]: row m attends to positions 0..position[rows[m]] of its slot. `longest` bounds the context."""
     count, heads, dim = q.shape
     kv_heads, page_size = k_cache.shape[2], k_cache.shape[1]
     visible = min(longest, window + tiles.keys) if window else longest
-    assert count <= space.part.shape[0] and tiles.split % tiles.keys == 0
     group = heads // kv_heads
-    _kernel[(kv_heads, min(MAX_SPLITS, cdiv(visible, tiles.split)), count)](
-        q, k_cache, v_cache, out, space.part, space.stat, space.arrived, rows, state.position, state.block_tables,
-        scale * _LOG2_E, state.block_tables.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], HEADS=heads,
-        KV_HEADS=kv_heads, D=dim, BLOCK_D=max(16, next_power_of_2(dim)), GROUP_ROWS=max(16, next_power_of_2(group)),
-        PAGE=page_size, SPLIT=tiles.split, SPLITS=MAX_SPLITS, BLOCK_N=tiles.keys, WINDOW=window or 0, STAGES=tiles.stages,
-        AHEAD=pdl and tiles.ahead, PDL=pdl, num_warps=tiles.warps,
-        **launch_options(pdl))  # fmt: skip
+    assert count <= space.part.shape[0] and tiles.split % tiles.keys == 0
+    grid = (kv_heads, min(MAX_SPLITS, cdiv(visible, tiles.split)), count)
+    inputs = (q, k_cache, v_cache, out, space.part, space.stat, space.arrived, rows, state.position, state.block_tables,
+              scale * _LOG2_E, state.block_tables.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3])  # fmt: skip
+    common = dict(HEADS=heads, KV_HEADS=kv_heads, D=dim, PAGE=page_size, SPLIT=tiles.split, SPLITS=MAX_SPLITS,
+                  WINDOW=window or 0, PDL=pdl, num_warps=tiles.warps, **launch_options(pdl))  # fmt: skip
+    if isinstance(tiles, attention_warps.WarpTiles):
+        assert tiles.fits(group, dim)
+        attention_warps.kernel[grid](*inputs, T=tiles.turn, W=tiles.warps, **common)
+    else:
+        _kernel[grid](
+            *inputs, BLOCK_D=max(16, next_power_of_2(dim)), GROUP_ROWS=max(16, next_power_of_2(group)), BLOCK_N=tiles.keys,
+            STAGES=tiles.stages, AHEAD=pdl and tiles.ahead, **common)  # fmt: skip
 
 
 def attention_torch(
