@@ -1,9 +1,9 @@
 """Decode attention once more, in Gluon: the warps of a program share out the keys, so that only the end is common to them.
 
-The same contract as attention.py, which is its reference: one program per (KV head, split, row). Each warp has an online softmax
-of its own over `turn` keys a turn (a batch dimension laid over the warps); they are put together once. Keys go straight from
-their page into the fragments of the tensor cores; those of the first turn, all but the newest token's, before the launch's
-wait: they were written by earlier steps.
+The same contract as attention.py, which is its reference: one program per (KV head, split, row). Each warp has an online
+softmax of its own over `turn` keys a turn (a batch dimension laid over the warps); they are put together once. Keys go straight
+from their page into the fragments of the tensor cores; those of the first turn, all but the newest token's, before the
+launch's wait: they were written by earlier steps.
 """
 
 from __future__ import annotations
