@@ -6,6 +6,7 @@ and one line on stderr says so.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_COLOURS = ("#1f6feb", "#d1591c", "#2da44e", "#8250df", "#bf3989", "#6e7781")
+COLOURS = ("#1f6feb", "#d1591c", "#2da44e", "#8250df", "#bf3989", "#6e7781", "#bf8700", "#1b7c83")
+PALE = "#d0d7de"  # for what is no part of its own, e.g. the rest of a whole
 _GREY = "#57606a"
 _INCHES = (8.4, 4.4)  # at _DPI twice a README's width, so that it is sharp on dense displays too
 _DPI = 200
@@ -27,7 +29,8 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Line:
-    """One curve. low and high: the ends of a band around it, e.g. the fastest and slowest round."""
+    """One curve. low and high: the ends of a band around it, e.g. the fastest and slowest round. colour: of COLOURS, by the
+    line's place in the list where it is None."""
 
     label: str
     x: Sequence[float]
@@ -35,6 +38,15 @@ class Line:
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
     dashed: bool = False
+    colour: str | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One of several small charts of the same lines."""
+
+    title: str
+    lines: Sequence[Line]
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,7 @@ class Bars:
 
     label: str
     values: Sequence[float | None]
+    colour: str | None = None
 
 
 def draw_lines(report: Path, lines: Sequence[Line], *, title: str, x_label: str, y_label: str, log_x: bool = False,
@@ -63,30 +76,31 @@ def draw_lines(report: Path, lines: Sequence[Line], *, title: str, x_label: str,
     """
 
     def fill(axes: Any) -> None:
-        for line, colour in zip(lines, _COLOURS, strict=False):
-            axes.plot(line.x, line.y, label=line.label, color=colour, linestyle="--" if line.dashed else "-",
-                      marker="o" if marks else None, markersize=5)  # fmt: skip
-            if line.low is not None and line.high is not None:
-                axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
-        if log_x:
-            axes.set_xscale("log", base=2)
-        if log_y:
-            axes.set_yscale("log")
-        else:
-            axes.set_ylim(bottom=0)
-        _plain_numbers(axes.xaxis, log_x)
-        _plain_numbers(axes.yaxis, log_y)
-        if x_ticks is not None:
-            axes.set_xticks(x_ticks, [f"{tick:g}" for tick in x_ticks])
-            axes.set_xticks([], minor=True)
-        if limit is not None:
-            _add_limit(axes, limit)
+        _add_lines(axes, lines, log_x, log_y, x_ticks, limit, marks)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         if len(lines) > 1 or limit is not None:
             axes.legend()
 
-    return _draw(report, fill, title, out)
+    return _draw(report, [fill], title, out)
+
+
+def draw_panels(report: Path, panels: Sequence[Panel], *, title: str, x_label: str, y_label: str, log_x: bool = False,
+                log_y: bool = False, x_ticks: Sequence[float] | None = None, limit: Limit | None = None, marks: bool = True,
+                out: Path | None = None) -> Path | None:  # fmt: skip
+    """Panels side by side with one y axis and one legend, that of the first. Otherwise as draw_lines."""
+
+    def fill(axes: Any, panel: Panel) -> None:
+        _add_lines(axes, panel.lines, log_x, log_y, x_ticks, limit, marks)
+        axes.set_xlabel(x_label)
+        axes.text(0.5, 1.02, panel.title, transform=axes.transAxes, ha="center", fontweight="bold", color=_GREY)
+        if panel is panels[0]:
+            axes.set_ylabel(y_label)
+            handles, labels = axes.get_legend_handles_labels()
+            axes.figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=10,
+                               handlelength=3)  # fmt: skip
+
+    return _draw(report, [lambda axes, panel=panel: fill(axes, panel) for panel in panels], title, out)  # type: ignore[misc]
 
 
 def draw_bars(report: Path, groups: Sequence[str], bars: Sequence[Bars], *, title: str, y_label: str,
@@ -95,10 +109,11 @@ def draw_bars(report: Path, groups: Sequence[str], bars: Sequence[Bars], *, titl
 
     def fill(axes: Any) -> None:
         width = 0.8 / len(bars)
-        for number, (bar, colour) in enumerate(zip(bars, _COLOURS, strict=False)):
+        for number, (bar, colour) in enumerate(zip(bars, COLOURS, strict=False)):
             present = [(place, value) for place, value in enumerate(bar.values) if value is not None]
             drawn = axes.bar([place + (number - (len(bars) - 1) / 2) * width for place, _ in present],
-                             [value for _, value in present], 0.94 * width, label=bar.label, color=colour)  # fmt: skip
+                             [value for _, value in present], 0.94 * width, label=bar.label,
+                             color=bar.colour or colour)  # fmt: skip
             axes.bar_label(drawn, [_number(value) for _, value in present], padding=2, fontsize=10)
         if limit is not None:
             _add_limit(axes, limit)
@@ -110,7 +125,34 @@ def draw_bars(report: Path, groups: Sequence[str], bars: Sequence[Bars], *, titl
         if len(bars) > 1 or limit is not None:
             axes.legend()
 
-    return _draw(report, fill, title, out)
+    return _draw(report, [fill], title, out)
+
+
+def draw_stacks(report: Path, groups: Sequence[str], parts: Sequence[Bars], *, title: str, x_label: str, y_label: str,
+                totals: Sequence[str], limits: Sequence[float] = (), limit_label: str = "",
+                out: Path | None = None) -> Path | None:  # fmt: skip
+    """One bar per group, made of `parts` from below, `totals` written on top. limits: a mark across each bar."""
+
+    def fill(axes: Any) -> None:
+        base = [0.0] * len(groups)
+        for part, colour in zip(parts, itertools.cycle(COLOURS), strict=False):
+            values = [value or 0.0 for value in part.values]
+            axes.bar(range(len(groups)), values, 0.7, base, label=part.label, color=part.colour or colour)
+            base = [low + value for low, value in zip(base, values, strict=True)]
+        for place, (top, total) in enumerate(zip(base, totals, strict=True)):
+            axes.annotate(total, (place, top), (0, 3), textcoords="offset points", ha="center", fontsize=10)
+        for place, limit in enumerate(limits):
+            axes.hlines(limit, place - 0.42, place + 0.42, color="#1f2328", linewidth=2, label=None if place else limit_label)
+        axes.grid(visible=False, axis="x")
+        axes.set_xticks(range(len(groups)), groups)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.margins(y=0.1)
+        _plain_numbers(axes.yaxis, False)
+        handles, labels = axes.get_legend_handles_labels()
+        axes.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+    return _draw(report, [fill], title, out)
 
 
 def where_and_when(report: dict[str, Any]) -> str:
@@ -120,7 +162,8 @@ def where_and_when(report: dict[str, Any]) -> str:
     return f"{machine.get('gpu', cores)}, {report['date'][:10]}, commit {report['commit']}"
 
 
-def _draw(report: Path, fill: Callable[[Any], None], title: str, out: Path | None) -> Path | None:
+def _draw(report: Path, fills: Sequence[Callable[[Any], None]], title: str, out: Path | None) -> Path | None:
+    """One chart per function, side by side."""
     path = out or report.with_suffix(".png")
     try:
         import matplotlib
@@ -130,14 +173,42 @@ def _draw(report: Path, fill: Callable[[Any], None], title: str, out: Path | Non
         return None
     with matplotlib.rc_context(_STYLE):
         figure = Figure(_INCHES, dpi=_DPI, layout="constrained")
-        axes = figure.add_subplot()
-        fill(axes)
-        axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=24)
-        axes.text(0, 1.03, where_and_when(json.loads(report.read_text())), transform=axes.transAxes, fontsize=9.5, color=_GREY)
+        row = figure.subplots(1, len(fills), sharey=True, squeeze=False)[0]
+        for axes, fill in zip(row, fills, strict=True):
+            fill(axes)
+        above = 24 if len(fills) == 1 else 42  # panels have titles of their own below
+        row[0].set_title(title, loc="left", fontsize=13, fontweight="bold", pad=above)
+        subtitle = row[0].annotate(
+            where_and_when(json.loads(report.read_text())), (0, 1), (0, above - 16), xycoords="axes fraction",
+            textcoords="offset points", fontsize=9.5, color=_GREY)  # fmt: skip
+        subtitle.set_in_layout(False)
         part = path.with_name(f".{path.name}")
         figure.savefig(part, format="png", metadata={"Software": None})
     os.replace(part, path)
     return path
+
+
+def _add_lines(axes: Any, lines: Sequence[Line], log_x: bool, log_y: bool, x_ticks: Sequence[float] | None,
+               limit: Limit | None, marks: bool) -> None:  # fmt: skip
+    for line, colour in zip(lines, COLOURS, strict=False):
+        colour = line.colour or colour
+        axes.plot(line.x, line.y, label=line.label, color=colour, linestyle="--" if line.dashed else "-",
+                  marker="o" if marks else None, markersize=5)  # fmt: skip
+        if line.low is not None and line.high is not None:
+            axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+    if log_x:
+        axes.set_xscale("log", base=2)
+    if log_y:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    _plain_numbers(axes.xaxis, log_x)
+    _plain_numbers(axes.yaxis, log_y)
+    if x_ticks is not None:
+        axes.set_xticks(x_ticks, [_number(tick) for tick in x_ticks])
+        axes.set_xticks([], minor=True)
+    if limit is not None:
+        _add_limit(axes, limit)
 
 
 def _add_limit(axes: Any, limit: Limit) -> None:
