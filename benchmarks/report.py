@@ -60,10 +60,14 @@ def versions() -> dict[str, str]:
 
 
 def command() -> str:
-    """The command line that gives these numbers, with paths as they were typed."""
+    """The command line that gives these numbers, without where they were written to."""
     spec = sys.modules["__main__"].__spec__
     program = f"python -m {spec.name}" if spec else f"python {Path(sys.argv[0]).name}"
-    return " ".join([program, *sys.argv[1:]])
+    typed = sys.argv[1:]
+    if "--out" in typed:
+        at = typed.index("--out")
+        typed = typed[:at] + typed[at + 2 :]
+    return " ".join([program, *typed])
 
 
 def commit() -> str:
