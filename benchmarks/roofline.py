@@ -2,14 +2,16 @@
 
     python -m benchmarks.roofline [--model tinyllama-1.1b] [--batch 1 8 32 64 128 256] [--context 256] [--out FILE]
 
-Seeded random weights in the engine's own runner, with the tiles that it chose. step is its decode graph replayed back to back,
-every sequence at `context` keys on pages of its own. A kernel's time is that of a graph of all its launches in a step (those of
-qkv in all layers, one after the other, chained as in the step) on data that are not in the L2 cache, divided by their number;
-head and sampler, launched once, are timed behind what comes before them. Where cuBLAS computes a product, its row holds that
-and the small kernel behind it. "launches and gaps" is what the step takes beyond the sum: below 0 where kernels of different
-kinds overlap better than those of one kind. bytes and flops are the formulas of the kernels' files; the limit of a kernel is
-the longer of bytes / bandwidth and flops / speed of cuBLAS's best product, both measured in the same run. Written to
-benchmarks/results/<gpu>/roofline.json, with a chart per model beside it.
+Seeded random weights in the engine's own runner, with the tiles that it chose. What an engine's first start compiles and
+measures comes first: a minute where Triton's cache is empty, seconds after benchmarks.decode on the same machine.
+
+step is the decode graph replayed back to back, every sequence at `context` keys on pages of its own. A kernel's time is that of
+a graph of all its launches in a step (those of qkv in all layers, one after the other, chained as in the step) on data that are
+not in the L2 cache, divided by their number; head and sampler, launched once, are timed behind what comes before them. Where
+cuBLAS computes a product, its row holds that and the small kernel behind it. "launches and gaps" is what the step takes beyond
+the sum: below 0 where kernels of different kinds overlap better than those of one kind. bytes and flops are the formulas of the
+kernels' files; the limit of a kernel is the longer of bytes / bandwidth and flops / speed of cuBLAS's best product, both
+measured in the same run. Written to benchmarks/results/<gpu>/roofline.json, with a chart per model beside it.
 """
 
 from __future__ import annotations
@@ -29,18 +31,15 @@ from benchmarks.plots import PALE, Bars, draw_stacks
 from benchmarks.random_model import SHAPES, hf_config, random_parameters
 from benchmarks.report import write_report
 from benchmarks.timing import ColdCache, copy_bandwidth, matmul_flops, replay_us
-from model_core.dispatch.ops import Ops
 from model_core.dispatch.tiles import StepTiles
 from model_core.engine.config import EngineConfig
 from model_core.engine.graph_runner import GraphRunner
 from model_core.engine.graphs import DecodeGraphs, fitting
-from model_core.engine.load import place
+from model_core.engine.load import assemble, place
 from model_core.kernels.decode import attention, embed, gate_up, head, project, qkv, sample
 from model_core.model import decode
 from model_core.model.config import ModelConfig
 from model_core.model.decode import DecodeChain
-from model_core.model.kv import KVCache
-from model_core.model.llama import Llama
 
 KERNELS = ("embed", "qkv", "attention", "o", "gate_up", "down", "head", "sample")
 GAPS, STEP = "launches and gaps", "step"
@@ -127,17 +126,11 @@ def random_runner(shape: str, dtype: str, batch: int, context: int) -> GraphRunn
     settings = EngineConfig(dtype=dtype, max_seqs=batch, kv_cache_bytes=size)
     placed = place(model, settings)
     parameters = random_parameters(model, dtype=placed.dtype, device=placed.device)
-    ops = Ops(placed.device)
-    llama = Llama(model, parameters, ops, placed.limits.max_context)
-    kv = KVCache.empty(model, placed.ledger.num_pages, page, llama.dtype, placed.device)
-    for tensor in (*kv.k, *kv.v):
+    runner = assemble(model, parameters, settings, placed).runner
+    if not isinstance(runner, GraphRunner) or runner.decodes is None:
+        sys.exit(f"{shape} is not decoded by fused kernels in captured graphs here")
+    for tensor in (*runner.kv.k, *runner.kv.v):
         tensor.normal_()
-    captured = ops.captured()
-    assert captured is not None
-    # not assemble(), which compiles the kernels of all sizes
-    runner = GraphRunner(llama, captured, kv, placed.limits, page, placed.device)
-    if runner.decodes is None:
-        sys.exit(f"{shape} is not decoded by fused kernels: {runner.why_unfused}")
     return runner
 
 
