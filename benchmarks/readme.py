@@ -83,7 +83,10 @@ def main() -> int:
     options = parser.parse_args()
     path = _ROOT / "README.md"
     before = path.read_text()
-    after = render(before, _ROOT / "benchmarks" / "results")
+    try:
+        after = render(before, _ROOT / "benchmarks" / "results")
+    except FileNotFoundError as error:
+        sys.exit(f"README.md shows a result that is not there: {error}")
     if options.check:
         return 0 if before == after else 1
     path.write_text(after)
