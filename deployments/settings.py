@@ -25,6 +25,8 @@ def _count(value: Any) -> Any:
 
 
 Count = Annotated[int | Literal["auto"], BeforeValidator(_count)]
+# YAML 1.1 reads a bare `off` as false.
+Calibration = Annotated[Literal["auto", "off", "again"], BeforeValidator(lambda value: "off" if value is False else value)]
 
 
 class EngineSettings(BaseModel):
@@ -70,6 +72,11 @@ class EngineSettings(BaseModel):
     )
     pdl: bool = Field(
         default=True, description="Chain the launches inside decode graphs (Hopper); without it the same tokens come later."
+    )
+    calibration: Calibration = Field(
+        default="auto",
+        description="Kernels of decode steps on a GPU: `auto` measures them at the first start there (half a minute) and keeps "
+        "the result, `again` measures at this start, `off` takes defaults.",
     )
     threads: int | None = Field(default=None, description="CPU threads of torch in a replica; null: all cores.")
     seed: int = Field(default=0, description="Base of the seeds given to requests that bring none.")

@@ -13,6 +13,7 @@ COMMANDS = {
     "generate": ("model_core.cli.generate", "continue or answer a prompt, streamed to the terminal"),
     "chat": ("model_core.cli.chat", "a conversation in the terminal"),
     "info": ("model_core.cli.info", "parameters, bytes, KV pages and limits of a model on this machine"),
+    "dispatch": ("model_core.cli.dispatch", "which kernel runs for which op and size here, and why"),
     "check": ("deployments.check", "check serve_config.yaml, device, ports, memory and weights"),
     "serve": ("deployments.launch", "serve serve_config.yaml; ends with a message if the deployment fails"),
 }

@@ -8,6 +8,7 @@ from model_core.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+CALIBRATIONS = ("auto", "off", "again")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class EngineConfig:
         cuda_graphs: steps on a GPU are captured graphs; False launches every op by itself (for debugging).
         capture_at_start: capture all graphs before the engine is ready instead of when it is idle or needs them.
         pdl: chain the launches inside decode graphs (Hopper); without it tokens are the same bits, later.
+        calibration: which kernel computes each product of a decode step on a GPU. "auto" takes what was measured there
+            before, and measures (half a minute) if nothing was; "again" measures now; "off" takes dispatch/tiles.py's defaults.
         threads: CPU threads of torch; None leaves torch's choice.
         seed: base of the seeds given to requests that bring none.
     """
@@ -47,6 +50,7 @@ class EngineConfig:
     cuda_graphs: bool = True
     capture_at_start: bool = False
     pdl: bool = True
+    calibration: str = "auto"
     threads: int | None = None
     seed: int = 0
 
@@ -55,6 +59,8 @@ class EngineConfig:
             raise ConfigError(f"device must be one of {', '.join(DEVICES)}, got {self.device!r}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.calibration not in CALIBRATIONS:
+            raise ConfigError(f"calibration must be one of {', '.join(CALIBRATIONS)}, got {self.calibration!r}")
         if self.page_size not in (8, 16, 32, 64, 128, 256):
             raise ConfigError(f"page_size must be a power of two from 8 to 256, got {self.page_size}")
         if not 0.05 <= self.gpu_memory_fraction <= 0.99:

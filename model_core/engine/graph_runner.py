@@ -6,14 +6,20 @@ The price is that a mixed step reads the weights twice (0.7 ms of 5 ms for TinyL
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
+from model_core.dispatch.calibrate import Steps
+from model_core.dispatch.compile import WORKER_BYTES, compile_ahead, cores
+from model_core.dispatch.measured import Measured, explain_row, with_products
 from model_core.dispatch.ops import Ops
+from model_core.dispatch.store import Mode, digest, facts, measured_choices
 from model_core.dispatch.tiles import PRODUCTS, StepTiles, default_split, default_tiles
 from model_core.engine.graphs import PREFILL_SEQS, DecodeGraphs, GraphPool, PrefillGraphs, fitting, row_buckets, token_buckets
+from model_core.engine.memory import available_host_memory
 from model_core.engine.packed import Packed
 from model_core.engine.plan import Limits, Scheduled, StepPlan
 from model_core.engine.request import SamplingParams
@@ -21,6 +27,7 @@ from model_core.engine.runner import EVERY_SAMPLER_STEP, InFlight, Part, forbidd
 from model_core.engine.sampler import Sampled, Sampler, divisor, uses_penalties
 from model_core.kernels.decode.attention import SplitTiles
 from model_core.kernels.decode.state import DecodeState
+from model_core.kernels.decode.tiles import columns
 from model_core.model.batch import blocks_of
 from model_core.model.decode import DecodeChain, why_unsupported
 from model_core.model.kv import KVCache
@@ -50,6 +57,7 @@ class GraphRunner:
         self.special: set[int] = set()  # slots whose requests need the whole sampler
         pool = GraphPool(device)
         self.why_unfused = why_unsupported(model.config, model.dtype)
+        self.measured: dict[int, Measured] = {}
         self.decodes: DecodeGraphs | None = None
         if self.why_unfused is None:
             config = model.config
@@ -197,8 +205,34 @@ class GraphRunner:
     def _send(self, values: list[Any]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, pin_memory=self._pin).to(self.device, non_blocking=True)
 
+    def calibrate(self, mode: Mode) -> None:
+        """Decode by what was measured on this kind of machine, or is measured now. Before warm_up."""
+        if self.decodes is None:
+            return
+        decodes = self.decodes
+        found = measured_choices(decodes.chain, decodes.buckets, mode, Steps(), workers=_workers())
+        for rows, measured in found.items():
+            decodes.tiles[rows] = with_products(decodes.tiles[rows], {op: getattr(measured.tiles, op) for op in PRODUCTS})
+            decodes.chain.reserve(rows, decodes.tiles[rows])
+        self.measured = found
+
+    def _compile_ahead(self) -> None:
+        """Where Triton's cache is cold, let all cores compile what warm_up is about to launch."""
+        if self.decodes is None or self.device.type != "cuda":
+            return
+        decodes, chosen = self.decodes, {(columns(rows), tiles): rows for rows, tiles in self.decodes.tiles.items()}
+        jobs: list[Any] = [
+            partial(decodes.chain.launch, decodes.rows[:rows], decodes.out[:rows], tiles, longest=decodes.lengths[0])
+            for (_, tiles), rows in chosen.items()
+        ]
+        jobs.append(partial(_prefill_once, self.model, self.ops, self.kv, self.state, self.prefills.buckets[0]))
+        known = [facts(decodes.chain, decodes.buckets), [str(one) for one in chosen], self.max_pages, self.ops.overrides,
+                 str(decodes.chain.split)]  # fmt: skip
+        compile_ahead(jobs, _workers(), stamp=digest(known))
+
     def warm_up(self, max_tokens: int) -> None:
         """Compile every kernel that serving can reach, and capture the graphs of one sequence; others follow when idle."""
+        self._compile_ahead()
         if self.decodes is not None:
             for rows in self.decodes.buckets:
                 self.decodes.compute(rows, self.decodes.lengths[0])
@@ -225,14 +259,30 @@ class GraphRunner:
     def explain(self) -> list[dict[str, Any]]:
         rows = []
         if self.decodes is not None:
-            for size, tiles in self.decodes.tiles.items():
-                for op in PRODUCTS:
-                    choice = getattr(tiles, op)
-                    rows.append({"op": f"decode {op}", "rule": f"{size} rows", "candidates": {}, "choice": str(choice),
-                                 "reason": "default for this size"})  # fmt: skip
+            low, config, buckets = 1, self.model.config, self.decodes.buckets
+            for size, following in zip(buckets, [*buckets[1:], None], strict=True):
+                tiles, measured = self.decodes.tiles[size], self.measured.get(size)
+                if following and (self.decodes.tiles[following], self.measured.get(following)) == (tiles, measured):
+                    continue  # one row of the table for buckets that do the same
+                rows += [explain_row(op, low, size, tiles, measured, config, self.model.dtype) for op in PRODUCTS]
+                attention = str(getattr(tiles, "attention", None) or self.decodes.chain.split)
+                rows.append({**rows[-1], "op": "decode attention", "candidates": {attention: None}, "choice": attention,
+                             "reason": "default, not measured"})  # fmt: skip
+                low = size + 1
         for row in self.ops.explain():
             rows.append({**row, "op": f"prefill {row['op']}", "reason": "captured graph: a launch costs no host time"})
         return rows
+
+
+def _prefill_once(model: Llama, ops: Ops, kv: KVCache, state: DecodeState, tokens: int) -> None:
+    """In a compiling process: what a prefill graph launches."""
+    prefills = PrefillGraphs(model, ops, kv, state, [tokens], GraphPool(model.embed.device))
+    prefills.compute(prefills.get(tokens, capture=False))
+
+
+def _workers() -> int:
+    """Processes that may compile at the same time."""
+    return min(cores(), available_host_memory() // WORKER_BYTES)
 
 
 def _needs_sampler(params: SamplingParams) -> bool:

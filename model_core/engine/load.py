@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from model_core.cache.pages import PagePool
+from model_core.dispatch import compile as compiler
 from model_core.dispatch.ops import Ops
 from model_core.engine.config import EngineConfig
 from model_core.engine.graph_runner import GraphRunner
@@ -107,21 +108,31 @@ def assemble(model: ModelConfig, parameters: Parameters, config: EngineConfig, p
     with _timed("KV pool", startup):
         kv = KVCache.empty(model, placed.ledger.num_pages, config.page_size, llama.dtype, placed.device)
         pool = PagePool(placed.ledger.num_pages, config.page_size, prefix_cache=config.prefix_cache)
-        runner = _runner(llama, ops, kv, placed, config)
+    runner = _runner(llama, ops, kv, placed, config, startup)
     with _timed("warm-up", startup):
         runner.warm_up(placed.limits.max_batch_tokens)
+        compiler.release()
     scheduler = Scheduler(pool, placed.limits, eos_ids=model.eos_ids)
     logger.info("start-up: %s", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in startup))
     return Parts(model, placed.dtype, placed.device, placed.limits, placed.ledger, ops, runner, scheduler, startup)
 
 
-def _runner(model: Llama, ops: Ops, kv: KVCache, placed: Placement, config: EngineConfig) -> StepRunner:
+def _runner(model: Llama, ops: Ops, kv: KVCache, placed: Placement, config: EngineConfig,
+            startup: list[tuple[str, float]]) -> StepRunner:  # fmt: skip
     """Captured graphs on a GPU, unless the configuration wants ops one by one or attention's reference."""
     captured = ops.captured() if config.cuda_graphs and placed.device.type == "cuda" else None
     if captured is None:
         return Runner(model, kv, placed.limits, config.page_size, placed.device)
-    return GraphRunner(model, captured, kv, placed.limits, config.page_size, placed.device, pdl=config.pdl,
-                       capture_at_start=config.capture_at_start)  # fmt: skip
+    with _timed("step buffers", startup):
+        runner = GraphRunner(model, captured, kv, placed.limits, config.page_size, placed.device, pdl=config.pdl,
+                             capture_at_start=config.capture_at_start)  # fmt: skip
+    if config.calibration != "off":
+        with _timed("calibration", startup):
+            try:
+                runner.calibrate("again" if config.calibration == "again" else "auto")
+            except Exception:
+                logger.exception("calibration failed: decode steps run the default kernels")
+    return runner
 
 
 def _set_threads(config: EngineConfig, device: torch.device) -> None:
