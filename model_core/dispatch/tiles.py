@@ -30,7 +30,6 @@ from typing import Literal
 import torch
 
 from model_core.kernels.decode.attention import SplitTiles
-from model_core.kernels.decode.attention_warps import WarpTiles
 from model_core.kernels.decode.products import RowTiles
 from model_core.kernels.decode.registers import RegisterTiles
 from model_core.kernels.decode.tiles import TensorTiles
@@ -42,20 +41,17 @@ PRODUCTS = ("qkv", "o", "gate_up", "down", "head")
 MOST_ROWS = 1  # that the plain row kernels take: with two the tensor cores are as fast
 MOST_IN_REGISTERS = 32
 MOST_IN_SHARED = 64
-MOST_BY_WARPS = 16  # rows whose attention shares out keys among warps: few programs, latency is all
 
 
 @dataclass(frozen=True)
 class StepTiles:
-    """One choice per product, for steps of one bucket of rows: RowTiles for all, or for none. attention: None is the
-    chain's own, as for any other bucket."""
+    """One choice per product, for steps of one bucket of rows: RowTiles for all, or for none."""
 
     qkv: Choice
     o: Choice
     gate_up: Choice
     down: Choice
     head: Choice
-    attention: SplitTiles | WarpTiles | None = None
 
     def __post_init__(self) -> None:
         assert len({isinstance(getattr(self, op), RowTiles) for op in PRODUCTS}) == 1, self
@@ -126,15 +122,7 @@ def candidates(config: ModelConfig, op: str, rows: int, dtype: torch.dtype) -> l
 
 def default_tiles(config: ModelConfig, rows: int, dtype: torch.dtype) -> StepTiles:
     """What an uncalibrated engine runs."""
-    products = {op: candidates(config, op, rows, dtype)[0] for op in PRODUCTS}
-    return StepTiles(**products, attention=default_attention(config, rows, dtype))
-
-
-def default_attention(config: ModelConfig, rows: int, dtype: torch.dtype) -> WarpTiles | None:
-    """Attention of few rows. Wide heads leave registers for half as many keys."""
-    tiles = WarpTiles(512, 32, 8) if config.head_dim <= 64 else WarpTiles(256, 16, 8)
-    fits = tiles.fits(config.num_heads // config.num_kv_heads, config.head_dim) and dtype != torch.float32
-    return tiles if fits and rows <= MOST_BY_WARPS else None
+    return StepTiles(**{op: candidates(config, op, rows, dtype)[0] for op in PRODUCTS})
 
 
 def default_split(config: ModelConfig) -> SplitTiles:

@@ -6,7 +6,6 @@ import torch
 
 from model_core.dispatch.tiles import PRODUCTS, StepTiles, product_shape
 from model_core.kernels.decode.attention import SplitSpace, SplitTiles, attention
-from model_core.kernels.decode.attention_warps import WarpTiles
 from model_core.kernels.decode.embed import embed
 from model_core.kernels.decode.gate_up import gate_up, gate_up_library, gate_up_tiles
 from model_core.kernels.decode.head import head, head_library, head_tiles
@@ -35,7 +34,6 @@ class DecodeChain:
         config, device = model.config, model.embed.device
         assert (reason := why_unsupported(config, model.dtype)) is None, reason
         self.model, self.kv, self.state, self.split = model, kv, state, split
-        self._attention: SplitTiles | WarpTiles = split
         self.pdl = chains_launches(device) if pdl is None else pdl
 
         def buffer(*shape: int, dtype: torch.dtype = model.dtype) -> torch.Tensor:
@@ -69,7 +67,6 @@ class DecodeChain:
         longest: bound of every slot's context. Afterwards `logits` [:M] holds what was sampled from.
         """
         count = rows.shape[0]
-        self._attention = tiles.attention or self.split
         (self._in_rows if tiles.in_rows else self._in_stream)(rows, tiles, longest)
         sample(self.logits[:count], rows, self.state, out, self.samples, pdl=self.pdl)
 
@@ -78,7 +75,7 @@ class DecodeChain:
         k_cache, v_cache = self.kv.layer(layer)
         out = self.attended[:count]
         attention(self.q[:count], k_cache, v_cache, out.view(count, config.num_heads, -1), rows, self.state, self.splits,
-                  scale=self.model.scale, window=config.sliding_window, longest=longest, tiles=self._attention,
+                  scale=self.model.scale, window=config.sliding_window, longest=longest, tiles=self.split,
                   pdl=self.pdl)  # fmt: skip
         return out
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from model_core.kernels.decode.attention import SplitSpace, SplitTiles, attention, attention_torch
-from model_core.kernels.decode.attention_warps import WarpTiles
 from model_core.kernels.decode.embed import embed, embed_torch, write_stream_torch
 from model_core.kernels.decode.gate_up import gate_up, gate_up_library, gate_up_tiles, gate_up_torch
 from model_core.kernels.decode.head import head, head_library, head_tiles, head_torch
@@ -165,27 +164,6 @@ def test_attention(device, dtype, close, window, tiles, heads, kv_heads):
         attention_torch(*inputs, expected, case.rows, case.state, scale=0.2, window=window)
         close(out, expected, 60 if dtype == torch.float32 else 4, 1.0)
         assert (space.arrived == 0).all()
-
-
-@pytest.mark.skipif(not GPU, reason="Gluon has no interpreter")
-@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-@pytest.mark.parametrize("tiles", [WarpTiles(64, 16, 2), WarpTiles(128, 32, 4), WarpTiles(512, 32, 8), WarpTiles(32, 16, 1)])
-@pytest.mark.parametrize("heads,kv_heads,dim", [(4, 2, 32), (9, 3, 64), (32, 4, 64), (8, 8, 128), (16, 1, 128)])
-def test_attention_by_warps(device, close, kind, tiles, heads, kv_heads, dim):
-    case = Case(kind, device, heads=heads, kv_heads=kv_heads, dim=dim)
-    space = SplitSpace.empty(3, heads, kv_heads, dim, device)
-    out, expected = torch.empty_like(case.q), torch.empty_like(case.q, dtype=torch.float32)
-    for positions in ([5, 31, 200], [0, 128, 511], [64, 63, 255]):
-        case.state.position[:3] = torch.tensor(positions)
-        case.k.fill_(float("nan"))
-        case.v.fill_(float("nan"))
-        case.fill()
-        for window in (None, 50):
-            attention(case.q, case.k, case.v, out, case.rows, case.state, space, scale=dim**-0.5, window=window,
-                      longest=CONTEXT, tiles=tiles, pdl=case.pdl)  # fmt: skip
-            attention_torch(case.q, case.k, case.v, expected, case.rows, case.state, scale=dim**-0.5, window=window)
-            close(out, expected, 4, 1.0)
-            assert (space.arrived == 0).all()
 
 
 def test_attention_over_more_keys_than_the_splits_hold(device, dtype, close):
