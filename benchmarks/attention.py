@@ -29,7 +29,7 @@ from benchmarks.plots import COLOURS, Limit, Line, Panel, draw_panels
 from benchmarks.random_model import SHAPES, hf_config
 from benchmarks.report import write_report
 from benchmarks.timing import ColdCache, copy_bandwidth
-from model_core.dispatch.tiles import default_split, default_tiles
+from model_core.dispatch.tiles import default_split
 from model_core.kernels import paged_attention as prefill_kernel
 from model_core.kernels.decode import attention as decode_kernel
 from model_core.kernels.decode.products import chains_launches
@@ -74,7 +74,7 @@ def make_decode(
     rows = torch.arange(batch, device=device)
     heads, dim = config.num_heads, config.head_dim
     space = decode_kernel.SplitSpace.empty(batch, heads, config.num_kv_heads, dim, device)
-    tiles = getattr(default_tiles(config, batch, dtype), "attention", None) or default_split(config)
+    tiles = default_split(config)
     pdl = chains_launches(device)
 
     def pair() -> tuple[Call, Callable[[SDPBackend], torch.Tensor]]:

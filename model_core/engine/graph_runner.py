@@ -265,7 +265,7 @@ class GraphRunner:
                 if following and (self.decodes.tiles[following], self.measured.get(following)) == (tiles, measured):
                     continue  # one row of the table for buckets that do the same
                 rows += [explain_row(op, low, size, tiles, measured, config, self.model.dtype) for op in PRODUCTS]
-                attention = str(getattr(tiles, "attention", None) or self.decodes.chain.split)
+                attention = str(self.decodes.chain.split)
                 rows.append({**rows[-1], "op": "decode attention", "candidates": {attention: None}, "choice": attention,
                              "reason": "default, not measured"})  # fmt: skip
                 low = size + 1
