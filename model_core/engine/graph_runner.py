@@ -195,8 +195,6 @@ class GraphRunner:
             host["page"][:count] = pages[first : first + count]
             self._updates.send()
             flat.index_copy_(0, self._updates.device["where"][:count], self._updates.device["page"][:count])
-            if len(where) > _UPDATES:  # the next copy reuses a host buffer that this one may still read
-                torch.cuda.current_stream().synchronize()
 
     def _next_out(self) -> torch.Tensor:
         self._out = (self._out + 1) % len(self._outs)

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 
 _TORCH = {np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32, np.dtype(np.float32): torch.float32}
-_COPIES = 3  # host buffers in turn; a step reads its inputs before the step after the next is prepared
+_COPIES = 3  # host buffers in turn: with fewer the host would wait for copies behind a running step
 
 
 class Packed:
     """Named arrays, the same on the host (`host[name]`, pinned) and on the device (`device[name]`).
 
-    `turn` begins a step: `host` are then arrays that no copy in flight reads, provided that at most _COPIES - 1 steps are
-    in flight. `send` starts the copy of them all.
+    `turn` begins a step: `host` are then arrays that no copy in flight reads; it waits for one where it must. `send` starts
+    the copy of them all.
     """
 
     def __init__(self, fields: Sequence[tuple[str, int, str]], device: torch.device) -> None:
@@ -30,6 +30,7 @@ class Packed:
         self._staging = [torch.zeros(max(8, size), dtype=torch.uint8, pin_memory=device.type == "cuda") for _ in range(_COPIES)]
         self._views = [{name: buffer.numpy()[at : at + count * kind.itemsize].view(kind)
                         for name, count, kind, at in places} for buffer in self._staging]  # fmt: skip
+        self._copied: list[torch.cuda.Event | None] = [None] * _COPIES
         self._turn = 0
 
     @property
@@ -38,7 +39,12 @@ class Packed:
 
     def turn(self) -> dict[str, np.ndarray]:
         self._turn = (self._turn + 1) % _COPIES
+        if (copied := self._copied[self._turn]) is not None:
+            copied.synchronize()
         return self.host
 
     def send(self) -> None:
         self._buffer.copy_(self._staging[self._turn], non_blocking=True)
+        if self._buffer.device.type == "cuda":
+            event = self._copied[self._turn] = self._copied[self._turn] or torch.cuda.Event()
+            event.record()
