@@ -22,7 +22,10 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -144,6 +147,29 @@ class Transformers:
         return Generation(out[:, ids.shape[1] :].tolist(), [clock.times[1:]] * len(prompts))
 
 
+class Elsewhere:
+    """A decoder in a process of its own: the OpenMP threads of one engine slow the other's in the same process."""
+
+    def __init__(self, make: Callable[[Path, str], Decoder], path: Path, dtype: str) -> None:
+        self._here, there = get_context("spawn").Pipe()
+        self._process = get_context("spawn").Process(target=_serve, args=(make, path, dtype, there), daemon=True)
+        self._process.start()
+
+    def generate(self, prompts: Prompts, tokens: int) -> Generation:
+        self._here.send((prompts, tokens))
+        return self._here.recv()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def _serve(make: Callable[[Path, str], Decoder], path: Path, dtype: str, pipe: Connection) -> None:
+    decoder = make(path, dtype)
+    while True:
+        pipe.send(decoder.generate(*pipe.recv()))
+
+
 class _Clock:
     """A transformers streamer that notes when it is called."""
 
@@ -194,7 +220,7 @@ def compare(pair: tuple[Decoder, Decoder], prompts: Prompts, tokens: int, rounds
 
 def measure(path: Path, dtype: str, prompts: Prompts, streams: list[int], tokens: int, rounds: int) -> list[dict[str, Any]]:
     """Both engines in one dtype: two rows per number of streams."""
-    ours, theirs = Ours(path, dtype), Transformers(path, dtype)
+    ours, theirs = Ours(path, dtype), Elsewhere(Transformers, path, dtype)
     rows: list[dict[str, Any]] = []
     first: dict[str, float] = {}
     try:
@@ -203,7 +229,7 @@ def measure(path: Path, dtype: str, prompts: Prompts, streams: list[int], tokens
             (ours_s, theirs_s), same = compare((ours, theirs), prompts[:count], tokens, rounds)
             if dtype == "float32" and min(same) < tokens:
                 print(f"  ids differ after {same} of {tokens}: near ties, or a fault", file=sys.stderr)
-            for name, speeds in ((ours.name, ours_s), (theirs.name, theirs_s)):
+            for name, speeds in ((Ours.name, ours_s), (Transformers.name, theirs_s)):
                 median = statistics.median(speeds)
                 ratios = [a / b for a, b in zip(speeds, theirs_s, strict=True)]
                 rows.append({
@@ -215,6 +241,7 @@ def measure(path: Path, dtype: str, prompts: Prompts, streams: list[int], tokens
                 })  # fmt: skip
     finally:
         ours.close()
+        theirs.close()
     return rows
 
 

@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.plots import Line, draw_lines
@@ -41,13 +42,19 @@ def cached(llm: LLM, prompt: list[int], params: SamplingParams) -> Iterator[int]
 
 
 def timed(tokens: Iterator[int]) -> tuple[list[int], list[float]]:
-    """The ids, and when each of them was there: seconds from now."""
-    ids, times = [], []
-    began = time.perf_counter()
-    for token in tokens:
-        times.append(time.perf_counter() - began)
-        ids.append(token)
-    return ids, times
+    """The ids, and when each of them was there: seconds from now. In a thread that ends, and its OpenMP workers with it:
+    they would slow the engine's (engine/load.py)."""
+
+    def run() -> tuple[list[int], list[float]]:
+        ids, times = [], []
+        began = time.perf_counter()
+        for token in tokens:
+            times.append(time.perf_counter() - began)
+            ids.append(token)
+        return ids, times
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()
 
 
 def agreeing(one: list[int], other: list[int]) -> int:

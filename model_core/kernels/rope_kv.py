@@ -80,15 +80,22 @@ def rope_kv_write_torch(
 ) -> None:
     """Reference of `rope_kv_write`."""
     cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
-    pages, offsets = slot_mapping // k_cache.shape[1], slot_mapping % k_cache.shape[1]
-    k_cache.index_put_((pages, offsets), _rotated(k, cos, sin).to(k_cache.dtype))
-    v_cache.index_put_((pages, offsets), v.to(v_cache.dtype))
+    cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    rotated = _rotated(k, cos, sin).to(k_cache.dtype)
+    if k_cache.is_contiguous():
+        k_cache.flatten(0, 1).index_copy_(0, slot_mapping, rotated)
+        v_cache.flatten(0, 1).index_copy_(0, slot_mapping, v.to(v_cache.dtype))
+    else:
+        places = slot_mapping // k_cache.shape[1], slot_mapping % k_cache.shape[1]
+        k_cache.index_put_(places, rotated)
+        v_cache.index_put_(places, v.to(v_cache.dtype))
     q.copy_(_rotated(q, cos, sin))
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    """cos and sin [T, 1, D], sin of the first half negative: each half is turned by what lies in the other."""
+    wide = x.float()
+    return (wide * cos).addcmul_(wide.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
 def bytes_moved(tokens: int, heads: int, kv_heads: int, head_dim: int, element_size: int) -> int:
