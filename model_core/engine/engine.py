@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import random
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,10 @@ logger = logging.getLogger("mini_llm.engine")
 
 OnStep = Callable[[list[TokenEvent]], None]
 _MAX_FAILED_STEPS = 3  # in a row; after that the fault is the engine's, not a request's
+
+
+class _Abandoned(Exception):
+    """All sequences of the step that is being computed have left."""
 
 
 class Engine:
@@ -52,6 +59,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._on_step: OnStep = lambda events: None
         self._events: list[TokenEvent] = []
+        self._left: set[str] = set()  # aborted, and the thread has not read it yet
         self._stopping = False
         self._progress_at = time.monotonic()
         self._step_ms = 0.0
@@ -96,6 +104,7 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """End a request; its last event has finish "abort". Unknown ids are ignored."""
+        self._left.add(request_id)
         self._inbox.put(request_id)
 
     def stats(self) -> EngineStats:
@@ -121,6 +130,8 @@ class Engine:
     # ---- the engine's thread -----------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        if self.parts.device.type == "cpu":
+            _yield_to_others()
         flights: deque[InFlight] = deque()
         try:
             while not self._stopping:
@@ -162,8 +173,13 @@ class Engine:
             self._progress_at = time.monotonic()
             if isinstance(item, Request):
                 self._add(item)
-            elif item is not None and self.parts.scheduler.abort(item):
-                self._events.append(TokenEvent(item, [], "abort"))
+            elif item is not None:
+                self._left.discard(item)
+                self._abort(item)
+
+    def _abort(self, request_id: str) -> None:
+        if self.parts.scheduler.abort(request_id):
+            self._events.append(TokenEvent(request_id, [], "abort"))
 
     def _add(self, request: Request) -> None:
         if request.params.seed is None:  # fixed now, so that a preempted sequence goes on with the same noise
@@ -182,7 +198,12 @@ class Engine:
         if plan is not None:
             self.stage = f"computing step {plan.step} ({plan.num_decodes} decodes, {plan.num_tokens} tokens)"
             try:
-                flights.append(self.parts.runner.launch(plan))
+                flights.append(self.parts.runner.launch(plan, partial(self._proceed, plan)))
+            except _Abandoned:
+                for entry in plan.entries:
+                    self._abort(entry.seq.request_id)
+                self.parts.scheduler.commit(plan, {})
+                return
             except Exception as error:
                 while flights:
                     self._collect(flights.popleft())
@@ -200,6 +221,11 @@ class Engine:
                 len(plan.preempted), *(int(1e6 * (b - a)) for a, b in (
                     (began, planned), (planned, launched), (launched, waited), (waited, emitted)))))
         self._step_ms = 1e3 * (time.perf_counter() - began)
+
+    def _proceed(self, plan: StepPlan) -> None:
+        """Between two layers on a CPU, where a step takes long: stop if nobody waits for it any more."""
+        if self._left and all(entry.seq.request_id in self._left for entry in plan.entries):
+            raise _Abandoned
 
     def _collect(self, flight: InFlight) -> tuple[float, float]:
         """Read a step's tokens, commit them, and queue their events. Returns when the wait and the rest ended."""
@@ -247,3 +273,10 @@ class Engine:
         if self._events:
             events, self._events = self._events, []
             self._on_step(events)
+
+
+def _yield_to_others() -> None:
+    """Lower the priority of this thread, and of the OpenMP workers that it will start: who serves an engine on a CPU needs
+    little of it, but soon."""
+    with suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)

@@ -6,6 +6,7 @@ The price is that a mixed step reads the weights twice (0.7 ms of 5 ms for TinyL
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -72,7 +73,7 @@ class GraphRunner:
         self._outs = [torch.zeros(limits.max_seqs, dtype=torch.int64, pin_memory=self._pin) for _ in range(4)]
         self._out = 0
 
-    def launch(self, plan: StepPlan) -> InFlight:
+    def launch(self, plan: StepPlan, proceed: Callable[[], object] = int) -> InFlight:
         for seq in plan.admitted:
             assert seq.slot is not None and seq.request.params.seed is not None
             self.table_len[seq.slot], self.at[seq.slot] = 0, -1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,8 +62,9 @@ class StepRunner(Protocol):
     kv: KVCache
     page_size: int
 
-    def launch(self, plan: StepPlan) -> InFlight:
-        """Enqueue one step on the device; on the CPU, compute it."""
+    def launch(self, plan: StepPlan, proceed: Callable[[], object] = int) -> InFlight:
+        """Enqueue one step on the device; on the CPU, compute it, and call `proceed` before each layer: what it raises comes
+        out."""
         ...
 
     def warm_up(self, max_tokens: int) -> None:
@@ -93,14 +95,13 @@ class Runner:
         self.table_len = [0] * limits.max_seqs
         self.last_token = torch.zeros(limits.max_seqs, dtype=torch.int64, device=device)
 
-    def launch(self, plan: StepPlan) -> InFlight:
-        """Enqueue one step on the device; on the CPU, compute it."""
+    def launch(self, plan: StepPlan, proceed: Callable[[], object] = int) -> InFlight:
         for seq in plan.admitted:
             assert seq.slot is not None and seq.request.params.seed is not None
             self.table_len[seq.slot] = 0
             self.sampler.assign(seq.slot, seq.request.params, seq.request.params.seed, seq.tokens, seq.num_prompt)
         rows = [entry for entry in plan.entries if entry.samples]
-        logits = self.model.forward(self._batch(plan), self.kv)
+        logits = self.model.forward(self._batch(plan), self.kv, proceed=proceed)
         parts = [Part(rows, self._sample(rows, logits))] if rows else []
         parts = [Part(part.entries, to_host(part.sampled)) for part in parts]
         return InFlight(plan, parts, record_event(self.device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -79,15 +80,17 @@ class Llama:
                      gate_up=self._linear(layer.gate_up), down=self._linear(layer.down))
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, kv: KVCache, ops: Ops | None = None) -> torch.Tensor:
+    def forward(self, batch: Batch, kv: KVCache, ops: Ops | None = None, proceed: Callable[[], object] = int) -> torch.Tensor:
         """Logits float32 [R, vocab] of rows `batch.logit_rows`; keys and values of all T tokens are written to `kv`.
 
-        ops: other implementations than the model's own, for captured graphs."""
+        ops: other implementations than the model's own, for captured graphs. proceed: called before each layer; what it raises
+        ends the pass."""
         config, ops, eps = self.config, ops or self.ops, self.config.rms_eps
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         residual = F.embedding(batch.token_ids, self.embed).to(self.dtype)
         x = ops.rmsnorm(residual, self.layers[0].attn_norm, eps)
         for index, layer in enumerate(self.layers):
+            proceed()
             k_cache, v_cache = kv.layer(index)
             q, k, v = layer.qkv(x).view(-1, heads + 2 * kv_heads, dim).split((heads, kv_heads, kv_heads), dim=1)
             if layer.q_norm is not None and layer.k_norm is not None:

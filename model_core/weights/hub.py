@@ -14,7 +14,6 @@ from urllib.request import getproxies, proxy_bypass
 
 from model_core.errors import DownloadError, UnsupportedModel
 
-_DEFAULT_ENDPOINT = "https://huggingface.co"
 # One TCP connection must open within this time, all addresses and the name look-up included, or the hub counts as
 # unreachable; a fallback then costs a start no more than that.
 _CONNECT_S = 3.0
@@ -65,11 +64,13 @@ class Snapshot:
 
 
 def endpoint() -> str:
-    """The hub's address: HF_ENDPOINT as it is set now (huggingface_hub reads it once, at import), else the default."""
-    found = (os.environ.get("HF_ENDPOINT") or _DEFAULT_ENDPOINT).rstrip("/")
+    """The hub's address: HF_ENDPOINT as it is set now (huggingface_hub reads it once, at import), else that client's own."""
+    from huggingface_hub.constants import ENDPOINT
+
+    found = (os.environ.get("HF_ENDPOINT") or ENDPOINT).rstrip("/")
     parts = urlsplit(found)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise DownloadError(f"HF_ENDPOINT is {found!r}; it must be an address such as {_DEFAULT_ENDPOINT}")
+        raise DownloadError(f"HF_ENDPOINT is {found!r}; it must be an address such as https://hub.example")
     return found
 
 

@@ -38,10 +38,10 @@ class Served:
         self.go, self.at_gate, self.changed = threading.Event(), threading.Event(), threading.Condition()
         launch = engine.parts.runner.launch
 
-        def gated(plan):
+        def gated(plan, *rest):
             self.at_gate.set()
             assert self.go.wait(60)
-            return launch(plan)
+            return launch(plan, *rest)
 
         engine.parts.runner.launch = gated
         engine.parts.runner.kv.poison(1e30)
@@ -382,8 +382,8 @@ def fail_steps(served: Served, monkeypatch, failing) -> None:
     """Steps for which failing(plan) is true raise."""
     launch = served.engine.parts.runner.launch
 
-    def broken(plan):
-        flight = launch(plan)
+    def broken(plan, *rest):
+        flight = launch(plan, *rest)
         if failing(plan):
             raise RuntimeError("a kernel broke")
         return flight
@@ -460,3 +460,29 @@ def test_shutdown_ends_what_is_live(serve):
     assert not served.engine.alive and len(served.tokens("r0")) >= 3
     with pytest.raises(EngineDead, match="stopped"):
         served.submit(request("late", PROMPTS[0]))
+
+
+def test_a_step_that_nobody_waits_for_any_more_is_cut_short(serve, greedy, monkeypatch):
+    """Aborts that come while a step is computed free its pages at the next layer; with one sequence left it goes on."""
+    served = serve("llama3", prefix_cache=False)
+    model, pool = served.engine.parts.runner.model, served.engine.parts.scheduler.pool
+    forward, layers = model.forward, []
+
+    def slow(batch, kv, proceed):
+        def at_layer():
+            layers.append(len(batch.query_lens))
+            if layers[-2:] == [2, 2]:  # the second layer of the first step of two
+                served.engine.abort("gone")
+                served.engine.abort("gone too")
+            proceed()
+
+        return forward(batch, kv, proceed=at_layer)
+
+    monkeypatch.setattr(model, "forward", slow)
+    served.submit(request("gone", PROMPTS[1]), request("gone too", PROMPTS[2]))
+    served.wait("gone", "gone too")
+    assert layers.count(2) == 2 and layers[-2:] == [2, 2], "the third layer was not computed"
+    assert {served.finish(name) for name in ("gone", "gone too")} == {"abort"}
+    assert pool.used == 0 and served.engine.parts.scheduler.in_flight == 0
+    monkeypatch.undo()
+    assert served.ask(request("next", PROMPTS[1])) == {"next": greedy("llama3", PROMPTS[1])}
