@@ -14,7 +14,7 @@ from model_core.model.config import ModelConfig
 
 GIB = 1 << 30
 _FEWEST_PAGES = 3  # the dump page, one to compute on and one to grow into
-_LOGIT_BYTES = 53  # per logit of a step that samples: 40 at peak, 48 with log-probabilities (52 in Python 3.10); mostly Philox's words
+_LOGIT_BYTES = 53  # per logit of a step that samples: 40 at peak, 48 with log-probabilities (52 in Python 3.10)
 _CUDA_CONTEXT = 600 << 20  # driver context, cuBLAS workspaces and loaded kernels: 480 to 560 MiB seen on an H100
 
 
