@@ -203,16 +203,16 @@ def _check_application(application: ServeApplicationSchema, args: AppArgs) -> It
     if address != "local":
         yield Finding("engine", "note", f"device and memory are those of the cluster at {address}; not checked")
         return
-    import torch
-
     from deployments.app import place
+    from model_core.engine.load import gpu_names
 
+    gpus = gpu_names()
     try:
-        placement = place(args, torch.cuda.device_count())
+        placement = place(args, len(gpus))
     except ConfigError as error:
         yield Finding("device", "error", str(error))
         return
-    name = torch.cuda.get_device_name(0) if placement.device == "cuda" else f"{os.cpu_count()} cores"
+    name = gpus[0] if placement.device == "cuda" else f"{os.cpu_count()} cores"
     counts = f"replicas: {placement.replicas} of the model, {placement.api_replicas} of the HTTP API"
     yield Finding("device", "ok", f"{placement.device} ({name}); {counts}")
     if path is not None:

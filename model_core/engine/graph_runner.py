@@ -1,7 +1,7 @@
 """The runner of a GPU: a step is one decode graph, and a prefill graph where prompts are computed, on the same stream.
 
 Decodes have a graph to themselves, whatever prompts ride along: their kernels, and so their bits, are the same in every step.
-The price is that a mixed step reads the weights twice (0.7 ms of 5 ms for TinyLlama-1.1B with a chunk of 512 tokens).
+The price is that a mixed step reads the weights twice.
 """
 
 from __future__ import annotations

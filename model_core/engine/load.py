@@ -59,6 +59,11 @@ class Placement:
     ledger: Ledger
 
 
+def gpu_names() -> list[str]:
+    """The GPUs that this process could use."""
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
 def place(model: ModelConfig, config: EngineConfig) -> Placement:
     """Decide device, dtype, limits and the memory ledger. Raises ConfigError and OutOfMemory."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device

@@ -102,8 +102,7 @@ class Runner:
             self.sampler.assign(seq.slot, seq.request.params, seq.request.params.seed, seq.tokens, seq.num_prompt)
         rows = [entry for entry in plan.entries if entry.samples]
         logits = self.model.forward(self._batch(plan), self.kv, proceed=proceed)
-        parts = [Part(rows, self._sample(rows, logits))] if rows else []
-        parts = [Part(part.entries, to_host(part.sampled)) for part in parts]
+        parts = [Part(rows, to_host(self._sample(rows, logits)))] if rows else []
         return InFlight(plan, parts, record_event(self.device))
 
     def prepare(self) -> bool:

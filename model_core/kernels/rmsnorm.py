@@ -5,6 +5,7 @@ before the weight multiplies it, as Hugging Face's LlamaRMSNorm does, so that bf
 """
 
 import torch
+import torch.nn.functional as F
 
 from model_core.kernels.runtime import cdiv, jit, next_power_of_2, row_layout, tl
 
@@ -68,11 +69,9 @@ def add_rmsnorm(
 
 
 def rmsnorm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Reference. The same roundings as the kernel; float32 needs none, and then this is what CPU decoding runs 61 times a step:
-    torch's rms_norm is twelve small operations there (43 us a row of 576, this 19 us)."""
+    """Reference. The same roundings as the kernel; float32 needs none, so torch's fused op does it."""
     if x.dtype == torch.float32:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return (x * norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()).mul_(weight)
+        return F.rms_norm(x, weight.shape, weight, eps)
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
     return wide.to(x.dtype).mul_(weight)

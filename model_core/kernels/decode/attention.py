@@ -6,8 +6,9 @@ so the result does not depend on who was last, and no second launch is needed. T
 rows of one tile. How many keys a program takes depends on its row's own context only, never on the batch: `split` keys, or
 as many times that as bring a long context down to MAX_SPLITS programs.
 
-Tried and slower on an H100: warps that share out the keys, each with a softmax of its own and its first keys in registers
-before the wait (7.7 us instead of 6.1 for one row of TinyLlama at 257 keys, 12.0 instead of 8.8 for Llama-2-7B).
+Tried and slower on an H100: asking for the split's keys and values before the wait (9.3 us instead of 8.6 for 32 rows of
+TinyLlama at 257 keys), and warps that share out the keys, each with a softmax of its own and its first keys in registers
+before the wait (7.7 us instead of 6.1 for one row, 12.0 instead of 8.8 for Llama-2-7B).
 """
 
 from __future__ import annotations
@@ -32,13 +33,6 @@ class SplitTiles:
     keys: int
     warps: int
     stages: int
-    ahead: bool = True  # ask for keys and values before the wait; worth it where few programs run
-
-
-@jit
-def _ask(at):
-    """Bring the 128 bytes at each address into L2."""
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @jit
@@ -47,24 +41,17 @@ def _kernel(
     table_row, k_page, k_slot, k_head, v_page, v_slot, v_head,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_ROWS: tl.constexpr,
     PAGE: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
-    STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = HEADS // KV_HEADS
     kv_head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    # Slots, positions and tables were written by an earlier replay or copy, not by this chain, and of the keys and values
-    # only the newest token's are: all but those may be looked at before the wait.
+    # Slots and positions were written by an earlier replay or copy, not by this chain: they may be read before the wait.
     slot = tl.load(rows_ptr + row)
     context = tl.load(position_ptr + slot) + 1
     lowest = tl.maximum(context - WINDOW, 0) if WINDOW > 0 else context * 0
     first = lowest // BLOCK_N * BLOCK_N
     size = SPLIT * tl.cdiv(context - first, SPLIT * SPLITS)
     used = tl.cdiv(context - first, size)
-    if AHEAD:  # noqa: SIM102 - known to the compiler, the rest is not
-        if split < used:
-            n = first + split * size + tl.arange(0, SPLIT)
-            page = tl.load(table_ptr + slot * table_row + n // PAGE, mask=n < context, other=0).to(tl.int64)
-            _ask(k_ptr + kv_head * k_head + page * k_page + (n % PAGE) * k_slot)
-            _ask(v_ptr + kv_head * v_head + page * v_page + (n % PAGE) * v_slot)
     follow(PDL)
     if split < used:
         g = tl.arange(0, GROUP_ROWS)
@@ -166,7 +153,7 @@ def attention(
         scale * _LOG2_E, state.block_tables.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], HEADS=heads,
         KV_HEADS=kv_heads, D=dim, BLOCK_D=max(16, next_power_of_2(dim)), GROUP_ROWS=max(16, next_power_of_2(group)),
         PAGE=page_size, SPLIT=tiles.split, SPLITS=MAX_SPLITS, BLOCK_N=tiles.keys, WINDOW=window or 0, STAGES=tiles.stages,
-        AHEAD=pdl and tiles.ahead, PDL=pdl, num_warps=tiles.warps, **launch_options(pdl))  # fmt: skip
+        PDL=pdl, num_warps=tiles.warps, **launch_options(pdl))  # fmt: skip
 
 
 def attention_torch(
