@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,18 +21,31 @@ from model_core.weights.gguf_model import config_from_gguf, hf_name, permuted_he
 
 INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_JSON = 64 << 20
 
 
 @dataclass(frozen=True)
+class Span:
+    """Where a tensor's elements lie in a file: row-major, one after the other, beginning at byte `offset`."""
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class StoredTensor:
-    """One tensor on disk; `read_into` fills a tensor of the same shape, converting dtype and device."""
+    """One tensor on disk; `read_into` fills a tensor of the same shape, converting dtype and device.
+
+    span: where its elements can be read by oneself; None if they must be put in order or dequantised first.
+    """
 
     name: str
     shape: tuple[int, ...]
     nbytes: int  # on disk
     read_into: Callable[[torch.Tensor], None]
+    span: Span | None = None
 
 
 @dataclass(frozen=True)
@@ -180,20 +195,28 @@ def _shards(folder: Path) -> list[Path]:
 
 def _read_header(file: Path) -> list[StoredTensor]:
     try:
-        opened = safe_open(file, framework="pt", device="cpu")
+        opened = safe_open(file, framework="pt", device="cpu")  # compares all offsets with the file's length
+        starts = _data_offsets(file)
         found = []
         for name in opened.keys():  # noqa: SIM118 (not a dict)
             view = opened.get_slice(name)
             kind, shape = view.get_dtype(), tuple(view.get_shape())
             if kind not in _FLOATS:
                 raise UnsupportedModel(f"{file.name}: tensor {name!r} is {kind}; only {', '.join(_FLOATS)} are read")
-            nbytes = int(kind.lstrip("BF")) // 8
-            for size in shape:
-                nbytes *= size
-            found.append(StoredTensor(name, shape, nbytes, _safetensors_reader(opened, name)))
+            span = Span(file, starts[name], _FLOATS[kind])
+            nbytes = math.prod(shape) * span.dtype.itemsize
+            found.append(StoredTensor(name, shape, nbytes, _safetensors_reader(opened, name), span))
         return found
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is truncated or damaged ({error}); fetch the file again") from None
+
+
+def _data_offsets(file: Path) -> dict[str, int]:
+    """Byte of the file at which each tensor begins; the safetensors library does not tell."""
+    with file.open("rb") as opened:
+        (size,) = struct.unpack("<Q", opened.read(8))
+        header = json.loads(opened.read(size))
+    return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
 def _safetensors_reader(opened: Any, name: str) -> Callable[[torch.Tensor], None]:

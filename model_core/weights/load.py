@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 
 from model_core.errors import CheckpointError
 from model_core.model.config import ModelConfig
 from model_core.model.parameters import Parameters
 from model_core.threads import over_threads
+from model_core.weights import stream
 from model_core.weights.checkpoint import Checkpoint, StoredTensor
 from model_core.weights.progress import Progress
 
@@ -23,10 +26,23 @@ def load_parameters(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str |
     Names and shapes are compared before anything is read. Raises CheckpointError naming each tensor that is missing,
     unexpected or of the wrong shape, or a separate head in a checkpoint whose config ties it.
     """
-    config = checkpoint.config
     check_tensors(checkpoint)
-    parameters = Parameters.empty(config, dtype=dtype, device=device)
+    parameters = Parameters.empty(checkpoint.config, dtype=dtype, device=device)
+    fill(parameters, checkpoint, progress)
+    return parameters
+
+
+def fill(parameters: Parameters, checkpoint: Checkpoint, progress: Progress | None = None, *,
+         streamed: bool | None = None) -> None:  # fmt: skip
+    """Read the tensors of a checkpoint that passed `check_tensors` into its Parameters, converted to their dtype.
+
+    streamed: by weights/stream.py what lies in files as it is wanted; None is on a GPU only, for a CPU reads the mapped file.
+    """
+    config, device = checkpoint.config, parameters.embed.device
     targets = _targets(config, parameters)
+    if streamed is None:
+        streamed = device.type != "cpu"
+    streamed = streamed and stream.AVAILABLE
     if progress:
         progress.begin(f"loading {checkpoint.path.name}", checkpoint.nbytes)
 
@@ -35,15 +51,17 @@ def load_parameters(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str |
             stored.read_into(targets[stored.name])
         return stored.nbytes
 
-    workers = None if torch.device(device).type == "cpu" else 1
-    for nbytes in over_threads(read, checkpoint.tensors.values(), workers):
+    spans = [one for one in checkpoint.tensors.values() if streamed and one.span is not None and one.name in targets]
+    names = {one.name for one in spans}
+    others = [one for one in checkpoint.tensors.values() if one.name not in names]
+    moved = stream.stream([(one, targets[one.name]) for one in spans], device) if spans else ()
+    for nbytes in chain(moved, over_threads(read, others, None if device.type == "cpu" else 1)):
         if progress:
             progress.advance(nbytes)
     if config.tie_embeddings and _HEAD in checkpoint.tensors:
         _check_tied(checkpoint, parameters)
     if progress:
         progress.end()
-    return parameters
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
