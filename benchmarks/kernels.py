@@ -24,6 +24,7 @@ from benchmarks.report import write_report
 from benchmarks.timing import copy_bandwidth, microseconds
 from model_core.kernels import paged_attention as attention
 from model_core.kernels import rmsnorm, rope_kv, swiglu
+from model_core.kernels.paged_attention_torch import paged_attention_torch
 from model_core.model.batch import Batch
 
 TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
@@ -119,7 +120,7 @@ def attention_cases(model: str) -> Iterator[Case]:
             scores.masked_fill_(torch.arange(first, device="cuda")[None, :] > position, -torch.inf)
             exact = torch.einsum("hqn,nhd->qhd", scores.softmax(-1), values.repeat_interleave(group, 1))
             return (lambda: attention.paged_attention(*arguments, scale=dim**-0.5),
-                    lambda: attention.paged_attention_torch(*arguments, scale=dim**-0.5), exact)  # fmt: skip
+                    lambda: paged_attention_torch(*arguments, scale=dim**-0.5), exact)  # fmt: skip
 
         batch = varlen(queries, contexts, device="cpu")
         yield Case("paged_attention", model, size, attention.bytes_moved(batch, heads, kv_heads, dim, 2),

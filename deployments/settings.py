@@ -78,6 +78,10 @@ class EngineSettings(BaseModel):
         description="Kernels of decode steps on a GPU: `auto` measures them at the first start there (half a minute) and keeps "
         "the result, `again` measures at this start, `off` takes defaults.",
     )
+    deterministic: bool = Field(
+        default=False,
+        description="Greedy and seeded output of a request is the same bits whatever is computed beside it; slower.",
+    )
     threads: int | None = Field(default=None, description="CPU threads of torch in a replica; null: all cores.")
     seed: int = Field(default=0, description="Base of the seeds given to requests that bring none.")
 

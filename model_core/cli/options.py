@@ -29,13 +29,15 @@ def add_model(parser: argparse.ArgumentParser, *, positional: bool = False) -> N
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
-    """--device, --dtype, --threads, --kv-cache-bytes, --kernels."""
+    """--device, --dtype, --threads, --kv-cache-bytes, --kernels, --deterministic."""
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--dtype", choices=DTYPES, default="auto")
     parser.add_argument("--threads", type=int, help="CPU threads of torch (default: all cores)")
     parser.add_argument("--kv-cache-bytes", type=int, help="size of the KV pool (default: what fits)")
     parser.add_argument("--kernels", action="append", default=[], metavar="OP=torch|triton",
                         help="implementation of an op, or default=... for all; may be repeated")  # fmt: skip
+    parser.add_argument("--deterministic", action="store_true",
+                        help="the same bits whatever is computed at the same time; slower")  # fmt: skip
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
@@ -64,7 +66,8 @@ def engine_config(options: argparse.Namespace, *, max_seqs: int | None = None) -
             raise ConfigError(f"--kernels {choice}: write OP=torch or OP=triton")
         kernels[op] = implementation
     return EngineConfig(device=options.device, dtype=options.dtype, threads=options.threads,
-                        kv_cache_bytes=options.kv_cache_bytes, kernels=kernels, max_seqs=max_seqs)  # fmt: skip
+                        kv_cache_bytes=options.kv_cache_bytes, kernels=kernels, max_seqs=max_seqs,
+                        deterministic=options.deterministic)  # fmt: skip
 
 
 def sampling(options: argparse.Namespace) -> SamplingParams:

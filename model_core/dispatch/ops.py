@@ -11,6 +11,7 @@ from model_core.dispatch.table import IMPLEMENTATIONS, OPS, Table, by_threshold,
 from model_core.errors import ConfigError
 from model_core.kernels import paged_attention as attention
 from model_core.kernels import rmsnorm, rope_kv, runtime, swiglu
+from model_core.kernels.paged_attention_torch import paged_attention_torch
 from model_core.model.batch import Batch
 
 
@@ -18,16 +19,18 @@ class Ops:
     """One per engine. Methods are what the forward pass calls; shapes and dtypes are those of the kernel files.
 
     overrides: {op or "default": "torch" | "triton" | "auto"}; an op's own entry goes before "default". "auto" is the rule
-    of dispatch/table.py with `threshold`. Raises ConfigError for unknown names, and for "triton" where it cannot run.
+    of dispatch/table.py with `threshold`. invariant: a token's bits do not depend on the others of its batch. Raises
+    ConfigError for unknown names, for "triton" where it cannot run, and for what cannot be invariant.
     """
 
     def __init__(
-        self, device: torch.device | str, *, overrides: dict[str, str] | None = None, threshold: int = 128
-    ) -> None:
+        self, device: torch.device | str, *, overrides: dict[str, str] | None = None, threshold: int = 128,
+        invariant: bool = False,
+    ) -> None:  # fmt: skip
         if threshold < 0:
             raise ConfigError(f"dispatch threshold must be >= 0 tokens, got {threshold}")
         self.device = torch.device(device)
-        self.threshold = threshold
+        self.threshold, self.invariant = threshold, invariant
         self.overrides = overrides = dict(overrides or {})
         for op, choice in overrides.items():
             _check_name("op", op, (*OPS, "default"))
@@ -45,13 +48,20 @@ class Ops:
         problem = runtime.why_unusable(self.device)
         if wanted == "triton" and problem:
             raise ConfigError(f"dispatch override {key}: triton cannot run here ({problem}); use torch or auto")
+        if self.invariant and self.device.type != "cpu":
+            # torch divides reductions by the number of rows, and two implementations never round alike
+            problem = problem or _too_old(self.device)
+            if problem:
+                raise ConfigError(f"deterministic: true needs Triton on a GPU ({problem}); set device: cpu or leave it off")
+            if wanted == "torch":
+                raise ConfigError(f"deterministic: true runs Triton's kernels on a GPU; remove torch from kernels.{key}")
+            return only("triton", "deterministic: one implementation for any number of tokens")
         if wanted != "auto":
             return only(wanted, f"override {key}: {wanted}")
         if problem or self.device.type == "cpu":  # the interpreter is for tests: asked for by override only
             return only("torch", problem or "the device is a CPU")
-        if op == "paged_attention" and torch.cuda.get_device_capability(self.device) < (8, 0):
-            # kernels.md 3: triton 3.6 turns tl.dot into scalar multiplications there.
-            return only("torch", "no tensor-core tl.dot below compute capability 8.0")
+        if op == "paged_attention" and (problem := _too_old(self.device)):
+            return only("torch", problem)
         return by_threshold(op, self.threshold)
 
     def captured(self) -> Ops | None:
@@ -62,7 +72,7 @@ class Ops:
             return None
         if self.tables["paged_attention"].choose(1 << 40) == "torch":
             return None
-        return Ops(self.device, overrides=wanted)
+        return Ops(self.device, overrides=wanted, invariant=self.invariant)
 
     def rmsnorm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x [..., H] (a [T, heads, D] view for per-head norms) -> same shape."""
@@ -87,16 +97,19 @@ class Ops:
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         """gate_up [T, 2 * I] -> silu(gate) * up, [T, I]."""
-        return swiglu.swiglu(gate_up) if self._swiglu(gate_up.shape[0]) == "triton" else swiglu.swiglu_torch(gate_up)
+        if self._swiglu(gate_up.shape[0]) == "triton":
+            return swiglu.swiglu(gate_up)
+        return swiglu.swiglu_torch(gate_up, by_row=self.invariant)
 
     def paged_attention(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: Batch,
         *, scale: float, sliding_window: int | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """q [T, Hq, D] over the batch's pages -> [T, Hq, D]; see kernels/paged_attention.py."""
-        triton = self._paged_attention(sum(batch.context_lens)) == "triton"
-        attend = attention.paged_attention if triton else attention.paged_attention_torch
-        return attend(q, k_cache, v_cache, batch, scale=scale, sliding_window=sliding_window)
+        if self._paged_attention(sum(batch.context_lens)) == "triton":
+            return attention.paged_attention(q, k_cache, v_cache, batch, scale=scale, sliding_window=sliding_window)
+        return paged_attention_torch(q, k_cache, v_cache, batch, scale=scale, sliding_window=sliding_window,
+                                     by_token=self.invariant)  # fmt: skip
 
     def explain(self) -> list[dict[str, Any]]:
         """The tables, one row per op and bucket; JSON-serialisable."""
@@ -115,6 +128,12 @@ class Ops:
                 })
                 above = bucket.upto
         return rows
+
+
+def _too_old(device: torch.device) -> str | None:
+    """Why attention's kernel does not run on this GPU: triton 3.6 turns tl.dot into scalar multiplications there."""
+    old = torch.cuda.get_device_capability(device) < (8, 0)
+    return "no tensor-core tl.dot below compute capability 8.0" if old else None
 
 
 def _check_name(what: str, name: str, known: tuple[str, ...]) -> None:

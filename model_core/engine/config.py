@@ -33,6 +33,9 @@ class EngineConfig:
         pdl: chain the launches inside decode graphs (Hopper); without it tokens are the same bits, later.
         calibration: which kernel computes each product of a decode step on a GPU. "auto" takes what was measured there
             before, and measures (half a minute) if nothing was; "again" measures now; "off" takes dispatch/tiles.py's defaults.
+        deterministic: a greedy or seeded request gets the same bits whatever else is computed, however its prompt is divided,
+            and whether its prefix was cached or it was preempted. Slower: no decode graphs, one product kernel for all
+            numbers of rows, log-probabilities and cuts row by row.
         threads: CPU threads of torch; None leaves torch's choice.
         seed: base of the seeds given to requests that bring none.
     """
@@ -51,6 +54,7 @@ class EngineConfig:
     capture_at_start: bool = False
     pdl: bool = True
     calibration: str = "auto"
+    deterministic: bool = False
     threads: int | None = None
     seed: int = 0
 

@@ -57,7 +57,8 @@ class GraphRunner:
         self.at = [-1] * limits.max_seqs
         self.special: set[int] = set()  # slots whose requests need the whole sampler
         pool = GraphPool(device)
-        self.why_unfused = why_unsupported(model.config, model.dtype)
+        # decode kernels add in other orders than those of prompts, so an invariant model decodes by chunks of one token
+        self.why_unfused = "deterministic" if model.invariant else why_unsupported(model.config, model.dtype)
         self.measured: dict[int, Measured] = {}
         self.decodes: DecodeGraphs | None = None
         if self.why_unfused is None:
@@ -66,7 +67,8 @@ class GraphRunner:
             split = split or default_split(config)
             chain = DecodeChain(model, kv, self.state, limits.max_seqs, split, pdl=None if pdl else False)
             self.decodes = DecodeGraphs(chain, tiles, limits.max_context, pool)
-        self.prefills = PrefillGraphs(model, ops, kv, self.state, token_buckets(limits.max_batch_tokens), pool)
+        seqs = PREFILL_SEQS if self.decodes else limits.max_seqs
+        self.prefills = PrefillGraphs(model, ops, kv, self.state, token_buckets(limits.max_batch_tokens), pool, seqs=seqs)
         self._rows = Packed([("rows", limits.max_seqs, "int64")], device)
         self._last_rows = np.zeros(0, dtype=np.int64)
         self._updates = Packed([("where", _UPDATES, "int64"), ("page", _UPDATES, "int32")], device)
@@ -95,8 +97,8 @@ class GraphRunner:
         parts: list[Part] = []
         if decodes:
             self._decode(decodes, parts)
-        for group in _groups(chunks):
-            self._prefill(group, parts)
+        for first in range(0, len(chunks), self.prefills.seqs):  # all tokens of a step fit the largest bucket
+            self._prefill(chunks[first : first + self.prefills.seqs], parts)
         return InFlight(plan, parts, record_event(self.device))
 
     def _decode(self, entries: list[Scheduled], parts: list[Part]) -> None:
@@ -156,7 +158,7 @@ class GraphRunner:
         bucket.packed.send()
         assert bucket.graph is not None
         bucket.graph.replay()
-        host = torch.empty(PREFILL_SEQS, dtype=torch.int64, pin_memory=self._pin)
+        host = torch.empty(seqs, dtype=torch.int64, pin_memory=self._pin)
         self._sampled(entries, bucket.logits, bucket.out, host, parts)
 
     def _sampled(self, entries: list[Scheduled], logits: torch.Tensor, out: torch.Tensor, host: torch.Tensor,
@@ -165,8 +167,11 @@ class GraphRunner:
         count = len(entries)
         parts.append(Part(entries, Sampled(host[:count].copy_(out[:count], non_blocking=True))))
         special = [(row, entry) for row, entry in enumerate(entries) if entry.samples and entry.seq.slot in self.special]
-        if not special:
-            return
+        # torch may divide its sums by the number of rows
+        for group in [[one] for one in special] if self.model.invariant else [special] * bool(special):
+            self._sample_again(group, logits, parts)
+
+    def _sample_again(self, special: list[tuple[int, Scheduled]], logits: torch.Tensor, parts: list[Part]) -> None:
         rows, chosen = [row for row, _ in special], [entry for _, entry in special]
         slots = self._send([entry.seq.slot for entry in chosen])
         positions = self._send([entry.start + entry.count for entry in chosen])
@@ -235,7 +240,8 @@ class GraphRunner:
         if self.decodes is not None:
             for rows in self.decodes.buckets:
                 self.decodes.compute(rows, self.decodes.lengths[0])
-        self.prefills.compute(self.prefills.get(self.prefills.buckets[0], capture=False))
+        for tokens in self.prefills.compiling:
+            self.prefills.compute(self.prefills.get(tokens, capture=False))
         slots = torch.zeros(1, dtype=torch.int64, device=self.device)
         for params in EVERY_SAMPLER_STEP:
             self.sampler.sample(self.prefills.logits[:1].clone(), slots, slots, [params], [])
@@ -288,8 +294,3 @@ def _needs_sampler(params: SamplingParams) -> bool:
     """Whether a request asks for more than the graphs' own sampler does (greedy, or temperature and seed)."""
     return (params.top_k > 0 or params.top_p < 1 or params.min_p > 0 or bool(params.logit_bias) or params.logprobs is not None
             or params.min_tokens > 0 or uses_penalties(params))  # fmt: skip
-
-
-def _groups(entries: list[Scheduled]) -> list[list[Scheduled]]:
-    """What one prefill graph takes: at most PREFILL_SEQS sequences. All tokens of a step fit the largest bucket."""
-    return [entries[first : first + PREFILL_SEQS] for first in range(0, len(entries), PREFILL_SEQS)]

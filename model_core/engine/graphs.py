@@ -25,7 +25,7 @@ from model_core.model.decode import DecodeChain
 from model_core.model.kv import KVCache
 from model_core.model.llama import Llama
 
-PREFILL_SEQS = 64  # sequences of one prefill graph at most
+PREFILL_SEQS = 64  # sequences of one prefill graph, unless decodes are computed by it too
 
 
 class Replay(Protocol):
@@ -129,17 +129,21 @@ class PrefillGraphs:
     """Chunks of prompts, as one variable-length batch per graph.
 
     Token ids below 0 stand for a token that is only on the device: -1 - slot. Sequences that sample name their slot in
-    `sample_slots`, the others the dump slot.
+    `sample_slots`, the others the dump slot. seqs: sequences of one graph at most.
     """
 
-    def __init__(self, model: Llama, ops: Ops, kv: KVCache, state: DecodeState, buckets: list[int], pool: GraphPool) -> None:
+    def __init__(self, model: Llama, ops: Ops, kv: KVCache, state: DecodeState, buckets: list[int], pool: GraphPool, *,
+                 seqs: int = PREFILL_SEQS) -> None:
         self.model, self.ops, self.kv, self.state, self.buckets, self.pool = model, ops, kv, state, buckets, pool
         config = model.config
         self.device = model.embed.device
         self.block = block_tokens(config.num_heads // config.num_kv_heads, config.head_dim, model.dtype)
-        self.samples = SampleSpace(PREFILL_SEQS, self.device)
-        self.logits = torch.empty((PREFILL_SEQS, config.vocab_size), dtype=torch.float32, device=self.device)
-        self.out = torch.zeros(PREFILL_SEQS, dtype=torch.int64, device=self.device)
+        self.seqs = seqs
+        # buckets that together launch every kernel: the products of an invariant model have tiles by the number of rows
+        self.compiling = buckets if model.invariant and self.device.type == "cuda" else buckets[:1]
+        self.samples = SampleSpace(seqs, self.device)
+        self.logits = torch.empty((seqs, config.vocab_size), dtype=torch.float32, device=self.device)
+        self.out = torch.zeros(seqs, dtype=torch.int64, device=self.device)
         self._graphs: dict[int, PrefillGraph] = {}
 
     def missing(self) -> Iterable[int]:
@@ -147,7 +151,7 @@ class PrefillGraphs:
 
     def get(self, tokens: int, *, capture: bool = True) -> PrefillGraph:
         if tokens not in self._graphs:
-            seqs = min(PREFILL_SEQS, tokens)
+            seqs = min(self.seqs, tokens)
             blocks = tokens // self.block + seqs
             fields = [
                 ("token_ids", tokens, "int32"), ("positions", tokens, "int32"), ("slot_mapping", tokens, "int64"),

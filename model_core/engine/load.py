@@ -23,6 +23,7 @@ from model_core.engine.plan import Limits
 from model_core.engine.runner import Runner, StepRunner
 from model_core.engine.scheduler import Scheduler
 from model_core.errors import ConfigError
+from model_core.kernels.linear import packing_works
 from model_core.model.config import ModelConfig
 from model_core.model.kv import KVCache
 from model_core.model.llama import Llama
@@ -69,6 +70,9 @@ def place(model: ModelConfig, config: EngineConfig) -> Placement:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda but torch sees no GPU: set device to auto or cpu, or check nvidia-smi")
+    if config.deterministic and name == "cpu" and not packing_works():
+        raise ConfigError("deterministic: true needs a GPU, or an x86 CPU with AVX2: other products may round by the number of "
+                          "rows; leave it off here")
     device = torch.device("cuda:0" if name == "cuda" else "cpu")
     dtype_name = config.dtype if config.dtype != "auto" else ("bfloat16" if name == "cuda" else "float32")
     dtype: torch.dtype = getattr(torch, dtype_name)
@@ -119,8 +123,8 @@ def assemble(model: ModelConfig, parameters: Parameters, config: EngineConfig, p
     """Everything after the weights are in memory; benchmarks and tests come here with random ones."""
     startup = [] if startup is None else startup
     with _timed("model", startup):
-        ops = Ops(placed.device, overrides=config.kernels)
-        llama = Llama(model, parameters, ops, placed.limits.max_context)
+        ops = Ops(placed.device, overrides=config.kernels, invariant=config.deterministic)
+        llama = Llama(model, parameters, ops, placed.limits.max_context, invariant=config.deterministic)
     with _timed("KV pool", startup):
         kv = KVCache.empty(model, placed.ledger.num_pages, config.page_size, llama.dtype, placed.device)
         pool = PagePool(placed.ledger.num_pages, config.page_size, prefix_cache=config.prefix_cache)

@@ -69,7 +69,8 @@ def plan_memory(model: ModelConfig, engine: EngineConfig, *, device: str, elemen
     choosing from them takes.
     """
     longest = engine.context_length or model.context_length
-    weights = _weight_bytes(model, device, element_bytes) + longest * model.head_dim * 4  # and the rotary table
+    rotary = longest * model.head_dim * 4
+    weights = _weight_bytes(model, device, element_bytes, engine.deterministic) + rotary
     row = 4 * model.hidden_size + 2 * (model.q_size + 2 * model.kv_size) + 3 * model.intermediate_size
     activations = max_batch_tokens * row * max(element_bytes, 4)
     logits = max_seqs * model.vocab_size * _LOGIT_BYTES
@@ -108,12 +109,12 @@ def _step_buffers(model: ModelConfig, max_seqs: int, element_bytes: int) -> int:
     return max_seqs * (vectors * element_bytes + splits) + (max_seqs + 64) * model.vocab_size * 4 + (64 << 20)
 
 
-def _weight_bytes(model: ModelConfig, device: str, element_bytes: int) -> int:
+def _weight_bytes(model: ModelConfig, device: str, element_bytes: int, deterministic: bool) -> int:
     """On the CPU (kernels/linear.py) float32 matrices are kept packed for decoding beside the original for prefill; 16-bit
-    ones only packed, so that a tied head is a copy of the embedding."""
+    ones, and those that are multiplied deterministically, only packed, so that a tied head is a copy of the embedding."""
     embedding = model.vocab_size * model.hidden_size
     copied = 0
-    if device == "cpu" and element_bytes == 4:
+    if device == "cpu" and element_bytes == 4 and not deterministic:
         copied = model.num_parameters - (0 if model.tie_embeddings else embedding)
     elif device == "cpu" and model.tie_embeddings:
         copied = embedding

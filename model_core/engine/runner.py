@@ -102,7 +102,9 @@ class Runner:
             self.sampler.assign(seq.slot, seq.request.params, seq.request.params.seed, seq.tokens, seq.num_prompt)
         rows = [entry for entry in plan.entries if entry.samples]
         logits = self.model.forward(self._batch(plan), self.kv, proceed=proceed)
-        parts = [Part(rows, to_host(self._sample(rows, logits)))] if rows else []
+        # what sampling rounds may depend on the number of rows, and on where a row lies
+        groups = [slice(row, row + 1) for row in range(len(rows))] if self.model.invariant else [slice(None)] * bool(rows)
+        parts = [Part(rows[group], to_host(self._sample(rows[group], logits[group].clone()))) for group in groups]
         return InFlight(plan, parts, record_event(self.device))
 
     def prepare(self) -> bool:
@@ -152,7 +154,7 @@ class Runner:
             logit_rows=self._send((ends - 1)[samples]),
             query_lens=counts.tolist(),
             context_lens=context.tolist(),
-            num_decodes=plan.num_decodes,
+            num_decodes=0 if self.model.invariant else plan.num_decodes,  # a decode is a chunk like any other, see attention
         )
 
     def _mirror(self, entry: Scheduled) -> int:
@@ -203,7 +205,7 @@ class Runner:
             logit_rows=self._send(ends - 1),
             query_lens=list(queries),
             context_lens=list(contexts),
-            num_decodes=sum(query == 1 for query in queries),
+            num_decodes=0 if self.model.invariant else sum(query == 1 for query in queries),
         )
 
 

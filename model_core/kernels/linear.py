@@ -1,4 +1,5 @@
-"""x @ weight.T (+ bias): cuBLAS on a GPU; on an x86 CPU half-precision panels streamed by FBGEMM, float32 arithmetic.
+"""x @ weight.T (+ bias): cuBLAS on a GPU, or kernels/linear_fixed.py where rows must not depend on each other; on an x86 CPU
+half-precision panels streamed by FBGEMM, float32 arithmetic.
 
 Decoding reads every weight once per step, so bytes per second decide. Measured on 2 Zen 3 cores, all linears of SmolLM2-135M
 (538 MB as float32), milliseconds a step, torch 2.11:
@@ -28,6 +29,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from model_core.kernels.linear_fixed import linear_fixed
+
 Layout = Literal["plain", "half", "split"]
 
 _HALF_BITS = 11  # significant bits of a float16
@@ -39,16 +42,18 @@ class Linear:
 
     `dtype` is that of x and of the result. invariant: a row's result is the same bits whatever M. The price on the CPU is
     three rows' time for one (table above) and for "split" the float32 product of long chunks (half as fast, but its
-    memory is saved); without packing this promises nothing, hence an assertion.
+    memory is saved); without packing a CPU cannot promise this, hence an assertion. wide: the result is float32, not
+    rounded to `dtype`, where that costs nothing (an invariant product on a GPU).
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, layout: Layout | None = None,
-                 invariant: bool = False) -> None:
+                 invariant: bool = False, wide: bool = False) -> None:
         self.layout: Layout = layout_for(weight.dtype, weight.device) if layout is None else layout
         assert self.layout == "plain" or packing_works(), "FBGEMM's half-precision product is not available here"
-        assert not invariant or self.layout != "plain", "row-invariant products need the packed layouts"
+        assert not invariant or self.layout != "plain" or weight.is_cuda, "row-invariant products need the packed layouts"
         self.invariant = invariant
         self.dtype = weight.dtype if self.layout == "plain" else torch.float32
+        self.result = torch.float32 if wide else self.dtype
         self.out_features, self.in_features = weight.shape
         self.weight: torch.Tensor | None = None
         self.bias = None if bias is None else bias.to(self.dtype)
@@ -88,6 +93,8 @@ class Linear:
         self.nbytes += panels.numel() * 2
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight is not None and self.invariant:
+            return linear_fixed(x, self.weight, self.bias, out_dtype=self.result)
         if self.weight is not None and (self.layout == "plain" or x.shape[0] >= _PLAIN_ROWS):
             return F.linear(x, self.weight, self.bias)
         if self.scales is not None:

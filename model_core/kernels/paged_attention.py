@@ -9,7 +9,6 @@ at that sequence's own length only, and adds the parts in split order: a row's r
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from model_core.kernels.runtime import cdiv, jit, next_power_of_2, tl
 from model_core.model.batch import Batch
@@ -86,11 +85,11 @@ def _visit(
             scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))
         finite_top = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
-        # qk_scale holds log2(e): exp2 is one instruction. The fused product is spelled out, for the compiler fuses it in one
-        # of the two variants only, and a key must weigh the same bits in both.
+        # qk_scale holds log2(e): exp2 is one instruction. Fused products are spelled out, for the compiler may fuse in one of
+        # the two variants only, and a key must weigh the same bits in both.
         weights = tl.exp2(tl.fma(scores, qk_scale, -(finite_top * qk_scale)[:, None]))
         shrink = tl.exp2((top - finite_top) * qk_scale)
-        norm = norm * shrink + tl.sum(weights, axis=1)
+        norm = tl.fma(norm, shrink, tl.sum(weights, axis=1))
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         top = new_top
     return acc, top, norm
@@ -271,54 +270,6 @@ def paged_attention(
             *strides, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, STAGES=tiles.stages, num_warps=tiles.warps,
             **shape)  # fmt: skip
     return out
-
-
-def paged_attention_torch(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    batch: Batch,
-    *,
-    scale: float,
-    sliding_window: int | None = None,
-) -> torch.Tensor:
-    """Reference of `paged_attention`, and what CPU serving runs: one scaled_dot_product_attention per sequence."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    page_size, window = k_cache.shape[1], sliding_window or 0
-    on_cpu = q.device.type == "cpu"
-    columns = cdiv(batch.max_context_len, page_size)
-    tables = batch.block_tables[:, :columns].tolist() if on_cpu else batch.block_tables  # a GPU is not waited for
-    start = 0
-    for s, (query_len, context) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
-        first = max(0, context - query_len - window + 1) if window else 0  # the oldest key any of these queries sees
-        low, high = first // page_size, cdiv(context, page_size)
-        pages = tables[s][low:high]
-        k = _gather(k_cache, pages)[first - low * page_size : context - low * page_size]
-        v = _gather(v_cache, pages)[first - low * page_size : context - low * page_size]
-        mask = None
-        if query_len > 1 and (window or query_len < context):
-            position = torch.arange(context - query_len, context, device=q.device)[:, None]
-            key = torch.arange(first, context, device=q.device)[None, :]
-            mask = key <= position
-            if window:
-                mask &= key > position - window
-        rows = q[start : start + query_len].transpose(0, 1).unsqueeze(0)
-        attended = F.scaled_dot_product_attention(
-            rows, k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0), attn_mask=mask, scale=scale,
-            is_causal=query_len > 1 and mask is None, enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip
-        out[start : start + query_len] = attended[0].transpose(0, 1)
-        start += query_len
-    return out
-
-
-def _gather(cache: torch.Tensor, pages: list[int] | torch.Tensor) -> torch.Tensor:
-    """The pages' slots end to end, [n, Hkv, D]: a view where the pages are neighbours, else a copy."""
-    if isinstance(pages, list):
-        low, count = pages[0], len(pages)
-        if pages[-1] - low == count - 1 and pages == list(range(low, low + count)):
-            return cache[low : low + count].flatten(0, 1)
-        pages = torch.tensor(pages)
-    return cache.index_select(0, pages).flatten(0, 1)
 
 
 def bytes_moved(batch: Batch, heads: int, kv_heads: int, head_dim: int, element_size: int, window: int = 0) -> int:

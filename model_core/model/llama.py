@@ -53,7 +53,7 @@ class Llama:
 
         def place(index: int) -> Linear | Layer:
             if index < 0:
-                return self._linear(parameters.head)
+                return Linear(parameters.head, invariant=invariant, wide=True)
             layer, waiting[index] = waiting[index], None
             assert layer is not None
             return self._layer(layer)

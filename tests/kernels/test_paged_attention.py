@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from model_core.kernels.paged_attention import bytes_moved, flops, paged_attention, paged_attention_torch
+from model_core.kernels.paged_attention import bytes_moved, flops, paged_attention
+from model_core.kernels.paged_attention_torch import paged_attention_torch
 from model_core.model.batch import Batch
 
 GPU = torch.cuda.is_available()
