@@ -153,8 +153,10 @@ def load(chain: DecodeChain, known: dict[str, Any]) -> dict[int, Measured] | Non
 
 
 def measured_choices(chain: DecodeChain, buckets: list[int], mode: Mode, progress: Progress, *, workers: int | None = None,
-                     measure: Callable[..., dict[int, Measured]] = calibrate) -> dict[int, Measured]:  # fmt: skip
-    """From the file, or measured now and written to it. "again" measures in any case."""
+                     measure: Callable[..., dict[int, Measured]] = calibrate,
+                     before: Callable[[], object] = int) -> dict[int, Measured]:  # fmt: skip
+    """From the file, or measured now and written to it. "again" measures in any case. before: called before anything is
+    measured."""
     known = facts(chain, buckets)
     if mode == "auto" and (found := load(chain, known)) is not None:
         logger.info("calibration of %s", path_of(known))
@@ -165,6 +167,7 @@ def measured_choices(chain: DecodeChain, buckets: list[int], mode: Mode, progres
         fresh = path.exists() and path.stat().st_mtime >= began  # by another replica, while this one waited
         if fresh and (found := load(chain, known)) is not None:
             return found
+        before()
         began = time.time()
         found = measure(chain, buckets, progress, workers=workers)
         save(known, found, time.time() - began)

@@ -26,9 +26,9 @@ from model_core.engine.plan import Limits, Scheduled, StepPlan
 from model_core.engine.request import SamplingParams
 from model_core.engine.runner import EVERY_SAMPLER_STEP, InFlight, Part, forbidden_in, record_event, to_host
 from model_core.engine.sampler import Sampled, Sampler, divisor, uses_penalties
+from model_core.engine.startup import Timed, untimed
 from model_core.kernels.decode.attention import SplitTiles
 from model_core.kernels.decode.state import DecodeState
-from model_core.kernels.decode.tiles import columns
 from model_core.model.batch import blocks_of
 from model_core.model.decode import DecodeChain, why_unsupported
 from model_core.model.kv import KVCache
@@ -209,12 +209,12 @@ class GraphRunner:
     def _send(self, values: list[Any]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, pin_memory=self._pin).to(self.device, non_blocking=True)
 
-    def calibrate(self, mode: Mode) -> None:
-        """Decode by what was measured on this kind of machine, or is measured now. Before warm_up."""
+    def calibrate(self, mode: Mode, before: Callable[[], object] = int) -> None:
+        """Decode by what was measured on this kind of machine, or is measured now, after a call of `before`. Before warm_up."""
         if self.decodes is None:
             return
         decodes = self.decodes
-        found = measured_choices(decodes.chain, decodes.buckets, mode, Steps(), workers=_workers())
+        found = measured_choices(decodes.chain, decodes.buckets, mode, Steps(), workers=_workers(), before=before)
         for rows, measured in found.items():
             decodes.tiles[rows] = with_products(decodes.tiles[rows], {op: getattr(measured.tiles, op) for op in PRODUCTS})
             decodes.chain.reserve(rows, decodes.tiles[rows])
@@ -224,7 +224,7 @@ class GraphRunner:
         """Where Triton's cache is cold, let all cores compile what warm_up is about to launch."""
         if self.decodes is None or self.device.type != "cuda":
             return
-        decodes, chosen = self.decodes, {(columns(rows), tiles): rows for rows, tiles in self.decodes.tiles.items()}
+        decodes, chosen = self.decodes, self.decodes.kinds()
         jobs: list[Any] = [
             partial(decodes.chain.launch, decodes.rows[:rows], decodes.out[:rows], tiles, longest=decodes.lengths[0])
             for (_, tiles), rows in chosen.items()
@@ -234,23 +234,27 @@ class GraphRunner:
                  str(decodes.chain.split)]  # fmt: skip
         compile_ahead(jobs, _workers(), stamp=digest(known))
 
-    def warm_up(self, max_tokens: int) -> None:
+    def warm_up(self, max_tokens: int, timed: Timed = untimed) -> None:
         """Compile every kernel that serving can reach, and capture the graphs of one sequence; others follow when idle."""
-        self._compile_ahead()
-        if self.decodes is not None:
-            for rows in self.decodes.buckets:
-                self.decodes.compute(rows, self.decodes.lengths[0])
-        for tokens in self.prefills.compiling:
-            self.prefills.compute(self.prefills.get(tokens, capture=False))
-        slots = torch.zeros(1, dtype=torch.int64, device=self.device)
-        for params in EVERY_SAMPLER_STEP:
-            self.sampler.sample(self.prefills.logits[:1].clone(), slots, slots, [params], [])
-        if self.decodes is not None:
-            self.decodes.get(self.decodes.buckets[0], self.decodes.lengths[0])
-        while self.capture_at_start and self.prepare():
-            pass
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        with timed("compile"):
+            self._compile_ahead()
+        with timed("decode kernels"):
+            if self.decodes is not None:
+                self.decodes.compute_kinds()
+        with timed("prefill kernels"):
+            for tokens in self.prefills.compiling:
+                self.prefills.compute(self.prefills.get(tokens, capture=False))
+        with timed("sampler"):
+            slots = torch.zeros(1, dtype=torch.int64, device=self.device)
+            for params in EVERY_SAMPLER_STEP:
+                self.sampler.sample(self.prefills.logits[:1].clone(), slots, slots, [params], [])
+        with timed("graphs"):
+            if self.decodes is not None:
+                self.decodes.get(self.decodes.buckets[0], self.decodes.lengths[0])
+            while self.capture_at_start and self.prepare():
+                pass
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
 
     def prepare(self) -> bool:
         if self.decodes is not None and (key := next(iter(self.decodes.missing()), None)) is not None:

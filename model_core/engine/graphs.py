@@ -19,6 +19,7 @@ from model_core.dispatch.tiles import StepTiles
 from model_core.engine.packed import Packed
 from model_core.kernels.decode.sample import SampleSpace, sample
 from model_core.kernels.decode.state import DecodeState
+from model_core.kernels.decode.tiles import columns
 from model_core.kernels.paged_attention import block_tokens
 from model_core.model.batch import Batch
 from model_core.model.decode import DecodeChain
@@ -107,6 +108,16 @@ class DecodeGraphs:
             self._graphs[key] = self.pool.capture(lambda: self.compute(rows, longest))
             self.rows[:rows] = slots
         return self._graphs[key]
+
+    def kinds(self) -> dict[tuple[int, StepTiles], int]:
+        """(width, tiles) -> a bucket, of all steps that differ in their kernels: those are compiled for the width of an
+        accumulator, only the plain row kernels for a number of rows."""
+        return {(rows if tiles.in_rows else columns(rows), tiles): rows for rows, tiles in self.tiles.items()}
+
+    def compute_kinds(self) -> None:
+        """Launch every kernel once: 6 steps for TinyLlama's 17 buckets."""
+        for rows in self.kinds().values():
+            self.compute(rows, self.lengths[0])
 
     def compute(self, rows: int, longest: int) -> None:
         """The same without a graph: the twin for debugging and for compiling."""

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,22 +20,23 @@ from model_core.engine.memory import Ledger, available_host_memory, plan_memory
 from model_core.engine.plan import Limits
 from model_core.engine.runner import Runner, StepRunner
 from model_core.engine.scheduler import Scheduler
+from model_core.engine.startup import StartUp
 from model_core.errors import ConfigError
 from model_core.kernels.linear import packing_works
 from model_core.model.config import ModelConfig
 from model_core.model.kv import KVCache
 from model_core.model.llama import Llama
 from model_core.model.parameters import Parameters
-from model_core.weights.checkpoint import open_checkpoint
-from model_core.weights.load import load_parameters
-from model_core.weights.progress import Progress
+from model_core.weights.checkpoint import Checkpoint, open_checkpoint
+from model_core.weights.load import empty_parameters, fill, targets_of
+from model_core.weights.progress import Progress, format_bytes
 
 logger = logging.getLogger("mini_llm.engine")
 
 
 @dataclass
 class Parts:
-    """What an engine is made of, and the seconds each step of making it took."""
+    """What an engine is made of, and the steps of making it."""
 
     model: ModelConfig
     dtype: torch.dtype
@@ -47,7 +46,7 @@ class Parts:
     ops: Ops
     runner: StepRunner
     scheduler: Scheduler
-    startup: list[tuple[str, float]] = field(default_factory=list)
+    startup: StartUp = field(default_factory=StartUp)
 
 
 @dataclass(frozen=True)
@@ -107,49 +106,78 @@ def load_parts(path: Path, config: EngineConfig) -> Parts:
 
 
 def _load_parts(path: Path, config: EngineConfig) -> Parts:
-    startup: list[tuple[str, float]] = []
-    with _timed("open", startup):
+    startup = StartUp()
+    startup.imports()
+    if config.device != "cpu" and torch.cuda.is_available():
+        with startup.timed("CUDA context"):
+            torch.cuda.mem_get_info()
+    with startup.timed("open"):
         checkpoint = open_checkpoint(path)
         placed = place(checkpoint.config, config)
     _set_threads(config, placed.device)
     logger.info("memory: %s", placed.ledger)
-    with _timed("weights", startup):
-        parameters = load_parameters(checkpoint, dtype=placed.dtype, device=placed.device, progress=Progress())
-    return assemble(checkpoint.config, parameters, config, placed, startup)
+    parameters = empty_parameters(checkpoint, dtype=placed.dtype, device=placed.device)
+    targets = targets_of(checkpoint.config, parameters)
+    if placed.device.type == "cpu":  # where weights are repacked, and nothing is idle meanwhile
+        _read(checkpoint, targets, startup)
+        return assemble(checkpoint.config, parameters, config, placed, startup)
+    # A GPU's weights are read while kernels are loaded and launched on what is there of them: zeros, so that nothing that
+    # was computed and stays (in the dump page) is not finite.
+    for tensor in parameters.tensors():
+        tensor.zero_()
+    with ThreadPoolExecutor(1, thread_name_prefix="weights") as thread:
+        reading = thread.submit(_read, checkpoint, targets, startup)
+        return assemble(checkpoint.config, parameters, config, placed, startup, weights=reading.result)
+
+
+def _read(checkpoint: Checkpoint, targets: dict[str, torch.Tensor], startup: StartUp) -> None:
+    with startup.timed("weights") as step:
+        fill(targets, checkpoint, Progress())
+        step.note = f"{format_bytes(checkpoint.nbytes)}, {format_bytes(checkpoint.nbytes / step.so_far)}/s"
 
 
 def assemble(model: ModelConfig, parameters: Parameters, config: EngineConfig, placed: Placement,
-             startup: list[tuple[str, float]] | None = None) -> Parts:
-    """Everything after the weights are in memory; benchmarks and tests come here with random ones."""
-    startup = [] if startup is None else startup
-    with _timed("model", startup):
+             startup: StartUp | None = None, *, weights: Callable[[], object] = int) -> Parts:  # fmt: skip
+    """Everything that a model needs but its weights; benchmarks and tests come here with random ones.
+
+    weights: returns when they are read; they need not be before. What it raises comes out.
+    """
+    startup = startup or StartUp()
+    with startup.timed("model"):
         ops = Ops(placed.device, overrides=config.kernels, invariant=config.deterministic)
         llama = Llama(model, parameters, ops, placed.limits.max_context, invariant=config.deterministic)
-    with _timed("KV pool", startup):
+    with startup.timed("KV pool"):
         kv = KVCache.empty(model, placed.ledger.num_pages, config.page_size, llama.dtype, placed.device)
         pool = PagePool(placed.ledger.num_pages, config.page_size, prefix_cache=config.prefix_cache)
-    runner = _runner(llama, ops, kv, placed, config, startup)
-    with _timed("warm-up", startup):
-        runner.warm_up(placed.limits.max_batch_tokens)
+    runner = _runner(llama, ops, kv, placed, config, startup, weights)
+    if isinstance(runner, GraphRunner):
+        runner.warm_up(placed.limits.max_batch_tokens, startup.timed)
+    else:
+        with startup.timed("warm-up"):
+            runner.warm_up(placed.limits.max_batch_tokens)
+    with startup.timed("ready"):
         compiler.release()
-    scheduler = Scheduler(pool, placed.limits, eos_ids=model.eos_ids)
-    logger.info("start-up: %s", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in startup))
+        weights()
+        scheduler = Scheduler(pool, placed.limits, eos_ids=model.eos_ids)
+    for line in startup.lines():
+        logger.info("  %s", line)
+    logger.info("start-up: %s", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in startup.seconds().items()))
     return Parts(model, placed.dtype, placed.device, placed.limits, placed.ledger, ops, runner, scheduler, startup)
 
 
-def _runner(model: Llama, ops: Ops, kv: KVCache, placed: Placement, config: EngineConfig,
-            startup: list[tuple[str, float]]) -> StepRunner:  # fmt: skip
+def _runner(model: Llama, ops: Ops, kv: KVCache, placed: Placement, config: EngineConfig, startup: StartUp,
+            weights: Callable[[], object]) -> StepRunner:  # fmt: skip
     """Captured graphs on a GPU, unless the configuration wants ops one by one or attention's reference."""
     captured = ops.captured() if config.cuda_graphs and placed.device.type == "cuda" else None
     if captured is None:
         return Runner(model, kv, placed.limits, config.page_size, placed.device)
-    with _timed("step buffers", startup):
+    with startup.timed("step buffers"):
         runner = GraphRunner(model, captured, kv, placed.limits, config.page_size, placed.device, pdl=config.pdl,
                              capture_at_start=config.capture_at_start)  # fmt: skip
     if config.calibration != "off":
-        with _timed("calibration", startup):
+        with startup.timed("calibration"):
             try:
-                runner.calibrate("again" if config.calibration == "again" else "auto")
+                runner.calibrate("again" if config.calibration == "again" else "auto", before=weights)
             except Exception:
                 logger.exception("calibration failed: decode steps run the default kernels")
     return runner
@@ -162,10 +190,3 @@ def _set_threads(config: EngineConfig, device: torch.device) -> None:
         # Ray sets OMP_NUM_THREADS to an actor's num_cpus, which would leave the engine one core.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(cores)
-
-
-@contextmanager
-def _timed(name: str, startup: list[tuple[str, float]]) -> Iterator[None]:
-    began = time.perf_counter()
-    yield
-    startup.append((name, time.perf_counter() - began))

@@ -26,23 +26,26 @@ def load_parameters(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str |
     Names and shapes are compared before anything is read. Raises CheckpointError naming each tensor that is missing,
     unexpected or of the wrong shape, or a separate head in a checkpoint whose config ties it.
     """
-    check_tensors(checkpoint)
-    parameters = Parameters.empty(checkpoint.config, dtype=dtype, device=device)
-    fill(parameters, checkpoint, progress)
+    parameters = empty_parameters(checkpoint, dtype=dtype, device=device)
+    fill(targets_of(checkpoint.config, parameters), checkpoint, progress)
     return parameters
 
 
-def fill(parameters: Parameters, checkpoint: Checkpoint, progress: Progress | None = None, *,
+def empty_parameters(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str | torch.device) -> Parameters:
+    """Storage for what `fill` reads. Raises CheckpointError as load_parameters does."""
+    check_tensors(checkpoint)
+    return Parameters.empty(checkpoint.config, dtype=dtype, device=device)
+
+
+def fill(targets: dict[str, torch.Tensor], checkpoint: Checkpoint, progress: Progress | None = None, *,
          streamed: bool | None = None) -> None:  # fmt: skip
-    """Read the tensors of a checkpoint that passed `check_tensors` into its Parameters, converted to their dtype.
+    """Read the tensors of a checkpoint that passed `check_tensors` into `targets_of` its Parameters, converted to their dtype.
 
     streamed: by weights/stream.py what lies in files as it is wanted; None is on a GPU only, for a CPU reads the mapped file.
     """
-    config, device = checkpoint.config, parameters.embed.device
-    targets = _targets(config, parameters)
+    device = targets[_EMBED].device
     if streamed is None:
         streamed = device.type != "cpu"
-    streamed = streamed and stream.AVAILABLE
     if progress:
         progress.begin(f"loading {checkpoint.path.name}", checkpoint.nbytes)
 
@@ -51,15 +54,17 @@ def fill(parameters: Parameters, checkpoint: Checkpoint, progress: Progress | No
             stored.read_into(targets[stored.name])
         return stored.nbytes
 
-    spans = [one for one in checkpoint.tensors.values() if streamed and one.span is not None and one.name in targets]
-    names = {one.name for one in spans}
-    others = [one for one in checkpoint.tensors.values() if one.name not in names]
-    moved = stream.stream([(one, targets[one.name]) for one in spans], device) if spans else ()
+    spans: list[StoredTensor] = []
+    others: list[StoredTensor] = []
+    for stored in checkpoint.tensors.values():
+        one_by_one = stored.span is None or stored.name not in targets or not (streamed and stream.AVAILABLE)
+        (others if one_by_one else spans).append(stored)
+    moved = stream.stream([(stored, targets[stored.name]) for stored in spans], device) if spans else ()
     for nbytes in chain(moved, over_threads(read, others, None if device.type == "cpu" else 1)):
         if progress:
             progress.advance(nbytes)
-    if config.tie_embeddings and _HEAD in checkpoint.tensors:
-        _check_tied(checkpoint, parameters)
+    if checkpoint.config.tie_embeddings and _HEAD in checkpoint.tensors:
+        _check_tied(checkpoint, targets[_EMBED])
     if progress:
         progress.end()
 
@@ -67,10 +72,10 @@ def fill(parameters: Parameters, checkpoint: Checkpoint, progress: Progress | No
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face name -> shape of every tensor that a checkpoint of this config must hold."""
     parameters = Parameters.empty(config, dtype=torch.float32, device="meta")
-    return {name: tuple(target.shape) for name, target in _targets(config, parameters).items()}
+    return {name: tuple(target.shape) for name, target in targets_of(config, parameters).items()}
 
 
-def _targets(config: ModelConfig, parameters: Parameters) -> dict[str, torch.Tensor]:
+def targets_of(config: ModelConfig, parameters: Parameters) -> dict[str, torch.Tensor]:
     """Hugging Face name -> the rows of the fused storage that it fills."""
     targets = {_EMBED: parameters.embed, "model.norm.weight": parameters.final_norm}
     if not config.tie_embeddings:
@@ -125,12 +130,12 @@ def check_tensors(checkpoint: Checkpoint) -> None:
                               f"{'. '.join(faults)}. Check that config.json belongs to these files")
 
 
-def _check_tied(checkpoint: Checkpoint, parameters: Parameters) -> None:
-    head = torch.empty_like(parameters.embed)
+def _check_tied(checkpoint: Checkpoint, embed: torch.Tensor) -> None:
+    head = torch.empty_like(embed)
     stored = checkpoint.tensors[_HEAD]
     if stored.shape == tuple(head.shape):
         stored.read_into(head)
-        if torch.equal(head, parameters.embed):
+        if torch.equal(head, embed):
             return
     raise CheckpointError(f"{checkpoint.path}: config ties {_HEAD!r} to {_EMBED!r}, but the checkpoint holds another "
                           f"{_HEAD!r}; set tie_word_embeddings to false in config.json if that head is meant")

@@ -16,7 +16,7 @@ from model_core.errors import CheckpointError
 from model_core.model.parameters import Parameters
 from model_core.weights import stream
 from model_core.weights.checkpoint import Span, StoredTensor, open_checkpoint
-from model_core.weights.load import fill, load_parameters
+from model_core.weights.load import fill, load_parameters, targets_of
 from model_core.weights.progress import SilentProgress
 
 SHAPES = [(300, 72), (72,), (7, 5), (1,), (1000,), (33, 112)]
@@ -41,7 +41,7 @@ def streamed(path: Path, dtype: torch.dtype, progress: SilentProgress | None = N
     parameters = Parameters.empty(checkpoint.config, dtype=dtype, device="cpu")
     for tensor in parameters.tensors():
         tensor.fill_(float("nan"))  # so that what is not written is seen
-    fill(parameters, checkpoint, progress, streamed=True)
+    fill(targets_of(checkpoint.config, parameters), checkpoint, progress, streamed=True)
     return parameters
 
 
@@ -170,10 +170,10 @@ def test_a_file_cut_short_after_it_was_opened_is_named(make, tmp_path, monkeypat
     os.truncate(file, file.stat().st_size // 2)
     with pytest.raises(CheckpointError, match=rf"{file} is truncated: it ends at byte {file.stat().st_size}, within tensor "
                                               r"'\S+'; fetch the file again"):
-        fill(parameters, checkpoint, streamed=True)
+        fill(targets_of(checkpoint.config, parameters), checkpoint, streamed=True)
     file.unlink()
     with pytest.raises(CheckpointError, match=f"{file} cannot be read: No such file"):
-        fill(parameters, checkpoint, streamed=True)
+        fill(targets_of(checkpoint.config, parameters), checkpoint, streamed=True)
 
 
 def test_an_error_of_a_reader_comes_out_and_its_threads_end(tmp_path, monkeypatch):
