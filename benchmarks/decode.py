@@ -6,11 +6,15 @@ Seeded random weights; every sequence has a prompt of 128 random ids. step = (ti
 best of --rounds, through the engine's own loop: scheduling, launching and reading tokens included. gpu_ms is the decode graph
 alone, replayed back to back at the middle of that context; gap is what the host adds to it. limit is weights and KV cache
 read once at the copy bandwidth measured in the same run. Written to benchmarks/results/<gpu>/decode.json.
+
+--deterministic measures engines with `deterministic: true` and, for comparison, without: a row has the step of the former, of
+the latter (default_step_ms), and times, their ratio. Written to deterministic.json. There is no decode graph to time alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,12 +70,46 @@ def graph_ms(runner: GraphRunner, batch: int) -> float:
     return microseconds / 1e3
 
 
+def measure_all(shape: str, options: argparse.Namespace, peak: float, *, deterministic: bool) -> list[dict[str, Any]]:
+    """A row for each batch size that the KV pool holds, by one engine that is gone afterwards."""
+    rows = []
+    with random_engine(shape, dtype=options.dtype, prefix_cache=False, deterministic=deterministic) as timed:
+        for batch in options.batch:
+            pool = timed.engine.info.pool_tokens
+            if batch * (PROMPT + NEW + 16) > pool:
+                print(f"{shape}: batch {batch} does not fit a pool of {pool} tokens", file=sys.stderr)
+                continue
+            mark = {"deterministic": True} if deterministic else {}
+            rows.append({"model": shape, **mark, **measure(timed, batch, options.rounds, peak)})
+            print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def compare(shape: str, options: argparse.Namespace, peak: float) -> list[dict[str, Any]]:
+    """Rows of a deterministic engine, each beside the step that any other takes."""
+    default = {row["batch"]: row["step_ms"] for row in measure_all(shape, options, peak, deterministic=False)}
+    release()
+    rows = measure_all(shape, options, peak, deterministic=True)
+    for row in rows:
+        if row["batch"] in default:
+            step = default[row["batch"]]
+            row |= {"default_step_ms": step, "times": round(row["step_ms"] / step, 2)}
+    return rows
+
+
+def release() -> None:
+    """Memory of an engine that nobody holds any more: the next one takes what is free."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["tinyllama-1.1b", "llama-2-7b"], choices=SHAPES)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 64, 128, 256])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--deterministic", action="store_true", help="what `deterministic: true` costs")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -79,19 +117,16 @@ def main() -> None:
     peak = copy_bandwidth()
     rows = []
     for shape in options.model:
-        with random_engine(shape, dtype=options.dtype, prefix_cache=False) as timed:
-            for batch in options.batch:
-                pool = timed.engine.info.pool_tokens
-                if batch * (PROMPT + NEW + 16) > pool:
-                    print(f"{shape}: batch {batch} does not fit a pool of {pool} tokens", file=sys.stderr)
-                    continue
-                rows.append({"model": shape, **measure(timed, batch, options.rounds, peak)})
-                print(rows[-1], file=sys.stderr, flush=True)
+        if options.deterministic:
+            rows += compare(shape, options, peak)
+        else:
+            rows += measure_all(shape, options, peak, deterministic=False)
+        release()
     print("model            batch   step ms     tok/s   graph ms    gap   share of limit")
     for row in rows:
         print("{model:15}{batch:7}{step_ms:10.3f}{tokens_per_second:10.0f}".format(**row),
               f"{row['gpu_ms'] or 0:10.3f}{row['gap'] or 0:7.1%}{row['share_of_limit']:12.0%}")
-    print(write_report("decode", rows, out=options.out))
+    print(write_report("deterministic" if options.deterministic else "decode", rows, out=options.out))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ What stands between one of these marks and `<!-- end -->` is replaced; FILE is b
 
     <!-- results FILE: key=Title, key=Title, ... -->                        all rows of a result file
     <!-- results FILE where key=value|value key=value: key%=Title, ... -->  those of its rows, e.g. batch=1|32|256
+    <!-- results? FILE "Text": key=Title, ... -->                           text and table; nothing while there is no such file
     <!-- chart FILE: What it shows -->                                      an image, and what is read where it is not seen
 
 Each key is one of the rows'; with % a share of 1 becomes a percentage. Under a table stand the command, the machine and the
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 _ROOT = Path(__file__).resolve().parents[1]
-_TABLE = re.compile(r"(<!-- results (\S+)(?: where ([^:]*?))?: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r'(<!-- results(\??) (\S+)(?: where ([^:"]*?))?(?: "(.*?)")?: (.*?) -->\n).*?(<!-- end -->)', re.DOTALL)
 _CHART = re.compile(r"(<!-- chart (\S+): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -34,13 +35,16 @@ def render(text: str, results: Path, folder: str = "benchmarks/results") -> str:
     """
 
     def table(match: re.Match[str]) -> str:
-        report = json.loads((results / match[2]).read_text())
-        conditions = [condition.split("=", 1) for condition in (match[3] or "").split()]
-        columns = [column.split("=", 1) for column in re.split(r",\s*", match[4])]
+        mark, optional, file, where, text, wanted, end = match.groups()
+        if optional and not (results / file).is_file():
+            return mark + end
+        report = json.loads((results / file).read_text())
+        conditions = [condition.split("=", 1) for condition in (where or "").split()]
+        columns = [column.split("=", 1) for column in re.split(r",\s*", wanted)]
         rows = [row for row in report["rows"] if all(str(row.get(key)) in allowed.split("|") for key, allowed in conditions)]
         if not rows:
-            raise ValueError(f"{match[2]} has no row where {match[3]}")
-        return match[1] + _table(report, rows, columns) + match[5]
+            raise ValueError(f"{file} has no row where {where}")
+        return mark + (f"{text}\n\n" if text else "") + _table(report, rows, columns) + end
 
     def chart(match: re.Match[str]) -> str:
         if not (results / match[2]).is_file():

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     else:
         from model_core.dispatch.ops import Ops
 
-        rows = Ops(placed.device, overrides=config.kernels).explain()
+        rows = Ops(placed.device, overrides=config.kernels, invariant=config.deterministic).explain()
     where = f"{placed.device.type}, {str(placed.dtype).removeprefix('torch.')}"
     view = Table(title=f"{local.name} on {where}", title_justify="left")
     for column in ("op", "rule", "choice", "us", "reason"):

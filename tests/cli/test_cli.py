@@ -14,8 +14,10 @@ from model_core.cli import figures
 from model_core.cli.figures import Figures
 from model_core.cli.main import main
 from model_core.engine.config import EngineConfig
+from model_core.engine.engine import Engine
 from model_core.engine.llm import LLM
 from model_core.engine.request import SamplingParams
+from model_core.kernels.linear import packing_works
 from model_core.model.config import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,6 +103,16 @@ def test_generate_samples_by_its_options(run):
     for cut in (["--top-k", "1"], ["--top-p", "0"], ["--min-p", "1"]):
         assert text(*hot, *cut) == plain
     assert text("--repetition-penalty", "5") != plain
+
+
+@pytest.mark.skipif(not packing_works(), reason="a CPU needs FBGEMM's products (x86 with AVX2) for this")
+def test_generate_deterministically(run, monkeypatch):
+    """The option reaches the engine, and its tokens are those of any other."""
+    seen = []
+    load = Engine.load
+    monkeypatch.setattr(Engine, "load", lambda path, config=None, **more: seen.append(config) or load(path, config, **more))
+    texts = {run("generate", "hello", "--max-tokens", "5", *more)[1] for more in ([], ["--deterministic"])}
+    assert [config.deterministic for config in seen] == [False, True] and len(texts) == 1
 
 
 # ---- chat -------------------------------------------------------------------------------------------------------------
