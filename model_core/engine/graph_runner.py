@@ -23,9 +23,9 @@ from model_core.engine.graphs import PREFILL_SEQS, DecodeGraphs, GraphPool, Pref
 from model_core.engine.memory import available_host_memory
 from model_core.engine.packed import Packed
 from model_core.engine.plan import Limits, Scheduled, StepPlan
-from model_core.engine.request import SamplingParams
+from model_core.engine.rules import SlotRules
 from model_core.engine.runner import EVERY_SAMPLER_STEP, InFlight, Part, forbidden_in, record_event, to_host
-from model_core.engine.sampler import Sampled, Sampler, divisor, uses_penalties
+from model_core.engine.sampler import Sampled, Sampler, divisor
 from model_core.engine.startup import Timed, untimed
 from model_core.kernels.decode.attention import SplitTiles
 from model_core.kernels.decode.state import DecodeState
@@ -52,10 +52,11 @@ class GraphRunner:
         self.capture_at_start, self.ops, self._pin = capture_at_start, ops, device.type == "cuda"
         self.sampler = Sampler(limits.max_seqs, model.config.vocab_size, device)
         self.max_pages = -(-limits.max_context // page_size)
-        self.state = DecodeState.empty(limits.max_seqs, self.max_pages, device)
+        self.state = DecodeState.empty(limits.max_seqs, self.max_pages, device, self.sampler.counts)
+        self.rules = SlotRules(self.state, model.config.vocab_size)
         self.table_len = [0] * limits.max_seqs
         self.at = [-1] * limits.max_seqs
-        self.special: set[int] = set()  # slots whose requests need the whole sampler
+        self.special: set[int] = set()  # slots whose requests the graphs cannot sample for
         pool = GraphPool(device)
         # decode kernels add in other orders than those of prompts, so an invariant model decodes by chunks of one token
         self.why_unfused = "deterministic" if model.invariant else why_unsupported(model.config, model.dtype)
@@ -80,7 +81,7 @@ class GraphRunner:
             assert seq.slot is not None and seq.request.params.seed is not None
             self.table_len[seq.slot], self.at[seq.slot] = 0, -1
             self.special.discard(seq.slot)
-            if _needs_sampler(seq.request.params):
+            if not self.rules.assign(seq):
                 self.special.add(seq.slot)
                 self.sampler.assign(seq.slot, seq.request.params, seq.request.params.seed, seq.tokens, seq.num_prompt)
         decodes, chunks = [], []
@@ -163,7 +164,7 @@ class GraphRunner:
 
     def _sampled(self, entries: list[Scheduled], logits: torch.Tensor, out: torch.Tensor, host: torch.Tensor,
                  parts: list[Part]) -> None:  # fmt: skip
-        """Bring a graph's tokens to the host. Rows that ask for more than a temperature are sampled again, op by op."""
+        """Bring a graph's tokens to the host. Rows that ask for log-probabilities are sampled again, op by op."""
         count = len(entries)
         parts.append(Part(entries, Sampled(host[:count].copy_(out[:count], non_blocking=True))))
         special = [(row, entry) for row, entry in enumerate(entries) if entry.samples and entry.seq.slot in self.special]
@@ -292,9 +293,3 @@ def _prefill_once(model: Llama, ops: Ops, kv: KVCache, state: DecodeState, token
 def _workers() -> int:
     """Processes that may compile at the same time."""
     return min(cores(), available_host_memory() // WORKER_BYTES)
-
-
-def _needs_sampler(params: SamplingParams) -> bool:
-    """Whether a request asks for more than the graphs' own sampler does (greedy, or temperature and seed)."""
-    return (params.top_k > 0 or params.top_p < 1 or params.min_p > 0 or bool(params.logit_bias) or params.logprobs is not None
-            or params.min_tokens > 0 or uses_penalties(params))  # fmt: skip

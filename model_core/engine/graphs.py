@@ -17,6 +17,7 @@ import torch
 from model_core.dispatch.ops import Ops
 from model_core.dispatch.tiles import StepTiles
 from model_core.engine.packed import Packed
+from model_core.kernels.decode.restrict import restrict
 from model_core.kernels.decode.sample import SampleSpace, sample
 from model_core.kernels.decode.state import DecodeState
 from model_core.kernels.decode.tiles import columns
@@ -196,4 +197,5 @@ class PrefillGraphs:
             context_len=d["context_len"], block_tables=state.block_tables.index_select(0, slots), logit_rows=d["logit_rows"],
             query_lens=[], context_lens=[], num_decodes=0, blocks=d["blocks"].view(-1, 2))  # fmt: skip
         bucket.logits.copy_(self.model.forward(batch, self.kv, self.ops))
+        restrict(bucket.logits, d["sample_slots"], state, self.samples, pdl=False)
         sample(bucket.logits, d["sample_slots"], state, bucket.out, self.samples, pdl=False)

@@ -10,6 +10,8 @@ from model_core.engine.config import EngineConfig
 from model_core.engine.validate import MAX_LOGIT_BIAS
 from model_core.errors import OutOfMemory
 from model_core.kernels.decode.attention import MAX_SPLITS
+from model_core.kernels.decode.sample import SAMPLE_BYTES
+from model_core.kernels.decode.state import RULES
 from model_core.model.config import ModelConfig
 
 GIB = 1 << 30
@@ -102,11 +104,13 @@ def plan_memory(model: ModelConfig, engine: EngineConfig, *, device: str, elemen
 
 
 def _step_buffers(model: ModelConfig, max_seqs: int, element_bytes: int) -> int:
-    """Fixed buffers of captured steps (model/decode.py, engine/graphs.py): a row's vectors, its attention splits, logits."""
+    """Fixed buffers of captured steps (model/decode.py, engine/graphs.py): a row's vectors, its attention splits, logits,
+    and what is gathered of these."""
     qkv, inner = model.q_size + 2 * model.kv_size, model.intermediate_size
     vectors = 2 * model.hidden_size + 2 * model.q_size + inner + max(qkv, 2 * inner)
     splits = MAX_SPLITS * model.num_heads * (model.head_dim + 2) * 4
-    return max_seqs * (vectors * element_bytes + splits) + (max_seqs + 64) * model.vocab_size * 4 + (64 << 20)
+    sampled = model.vocab_size * 4 + RULES * 4 + SAMPLE_BYTES
+    return max_seqs * (vectors * element_bytes + splits) + (max_seqs + 64) * sampled + (64 << 20)
 
 
 def _weight_bytes(model: ModelConfig, device: str, element_bytes: int, deterministic: bool) -> int:

@@ -9,8 +9,8 @@ import torch
 
 from model_core.engine.philox import uniform
 from model_core.engine.request import SamplingParams, TokenLogprobs
+from model_core.kernels.decode.state import MAX_LOGIT_BIAS
 
-MAX_LOGIT_BIAS = 512  # entries of one request; the table is part of the memory a slot occupies
 _SMALL_K = 256  # a top-k cut at or below this needs no sort of the vocabulary
 _COLDEST = 1e-6  # logits divided by less than this may leave float32; greedy all the same unless they differ by 1e-5
 
@@ -60,10 +60,7 @@ class Sampler:
         self.frequency[slot] = params.frequency_penalty
         self.seed[slot] = seed
         if uses_penalties(params):
-            output = np.bincount(tokens[num_prompt:], minlength=self.vocab_size) if tokens[num_prompt:] else 0
-            row = np.full(self.vocab_size, 0, dtype=np.int32) + 2 * np.asarray(output, dtype=np.int32)
-            row[tokens[:num_prompt]] |= 1
-            self.counts[slot] = torch.from_numpy(row)
+            self.counts[slot] = torch.from_numpy(count_tokens(tokens, num_prompt, self.vocab_size))
         if params.logit_bias:
             size = len(params.logit_bias)
             self.bias_values[slot].zero_()
@@ -155,6 +152,13 @@ class Sampler:
         top_p = self.top_p[slots, None]
         kept = ((before < top_p) | (top_p >= 1)).sum(dim=-1, keepdim=True).clamp(min=1)
         return logits.masked_fill(logits < ordered.gather(1, kept - 1), -torch.inf)
+
+
+def count_tokens(tokens: list[int], num_prompt: int, vocab_size: int) -> np.ndarray:
+    """int32 [vocab]: a slot's row of `counts`."""
+    row = 2 * np.bincount(np.array(tokens[num_prompt:], dtype=np.int64), minlength=vocab_size).astype(np.int32)
+    row[tokens[:num_prompt]] |= 1
+    return row
 
 
 def divisor(temperature: float) -> float:

@@ -13,6 +13,7 @@ from model_core.kernels.decode.products import chains_launches
 from model_core.kernels.decode.project import project, project_library, project_tiles
 from model_core.kernels.decode.qkv import qkv, qkv_library, qkv_tiles
 from model_core.kernels.decode.registers import RegisterTiles
+from model_core.kernels.decode.restrict import restrict
 from model_core.kernels.decode.sample import SampleSpace, sample
 from model_core.kernels.decode.state import DecodeState
 from model_core.kernels.decode.tiles import Stream, TensorTiles, TileSpace
@@ -68,6 +69,7 @@ class DecodeChain:
         """
         count = rows.shape[0]
         (self._in_rows if tiles.in_rows else self._in_stream)(rows, tiles, longest)
+        restrict(self.logits[:count], rows, self.state, self.samples, pdl=self.pdl)
         sample(self.logits[:count], rows, self.state, out, self.samples, pdl=self.pdl)
 
     def _attend(self, layer: int, rows: torch.Tensor, longest: int) -> torch.Tensor:

@@ -77,6 +77,16 @@ def test_seeded_sampling_equals_the_cpus(folder):
     assert on_cpu == on_gpu
 
 
+@pytest.mark.parametrize("params", [
+    dict(top_k=50, top_p=0.9), dict(top_p=0.9, temperature=1.5), dict(min_p=0.05, min_tokens=9, stop_ids=(1, 2)),
+    dict(top_k=400, logit_bias={5: 4.0}, presence_penalty=0.7, frequency_penalty=0.2)], ids=str)  # fmt: skip
+def test_what_graphs_cut_equals_the_cpus(folder, params):
+    """Without log-probabilities nothing is sampled op by op."""
+    params = dict(temperature=0.8, seed=7) | params
+    on_cpu, on_gpu = (run(folder, requests(**params), device=device)[0] for device in ("cpu", "cuda"))
+    assert on_cpu == on_gpu
+
+
 def test_an_abort_in_flight_frees_its_pages(folder):
     engine = Engine.load(folder, EngineConfig(device="cuda", dtype="float32", kv_cache_bytes=8 << 20))
     finishes, begun, ended = {}, threading.Event(), threading.Event()

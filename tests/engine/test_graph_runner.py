@@ -96,16 +96,31 @@ def test_chunks_preemption_and_prefix_hits_change_nothing(folder):
     assert {key: actual[0][key] for key in expected[0]} == expected[0] and actual[0]["again"] == expected[0]["r2"]
 
 
-def test_seeded_and_every_other_way_of_sampling(folder):
-    """Temperature is the graph's own; the rest is sampled again from the graph's logits."""
-    ways = [dict(temperature=1.0, seed=3), dict(temperature=0.8, seed=4, top_k=5, top_p=0.9),
-            dict(temperature=0.0, logprobs=2, frequency_penalty=1.5, logit_bias={7: 3.0})]  # fmt: skip
-    requests = [Request(f"r{i}", PROMPTS[i], SamplingParams(max_tokens=3, ignore_eos=True, **way))
+def test_seeded_and_every_other_way_of_sampling(folder, monkeypatch):
+    """The graphs' own, but for log-probabilities: those rows are sampled again from the graph's logits."""
+    again, inner = [], GraphRunner._sample_again
+    monkeypatch.setattr(GraphRunner, "_sample_again", lambda self, rows, *rest: again.extend(rows) or inner(self, rows, *rest))
+    edits = dict(frequency_penalty=1.5, repetition_penalty=1.2, logit_bias={7: 9.0, 8: 8.9})
+    ways = [dict(temperature=1.0, seed=3), dict(temperature=0.8, seed=4, top_k=50, top_p=0.9, min_p=0.02, **edits),
+            dict(temperature=0.0, logprobs=2, **edits), dict(temperature=0.0, min_tokens=2, stop_ids=(7, 8), **edits)]
+    requests = [Request(f"r{i}", PROMPTS[i % 3], SamplingParams(max_tokens=3, ignore_eos=True, **way))
                 for i, way in enumerate(ways)]  # fmt: skip
     expected, actual = run(folder, requests), run(folder, requests, tiles={4: TILES}, warm_up=GPU)
-    assert actual[0] == expected[0]
+    assert actual[:2] == expected[:2] and actual[1]["r3"] == "stop"
+    assert {entry.seq.request_id for _, entry in again} == {"r2"}
     got, wanted = actual[2]["r2"], expected[2]["r2"]
     assert len(got) == 3 and all(abs(a.logprob - b.logprob) < 1e-4 for a, b in zip(got, wanted, strict=True))
+
+
+@only_gpu
+def test_a_preempted_sequence_keeps_its_counts_and_cuts(folder):
+    """It comes back into another slot, which may have been one of a request with other wishes."""
+    requests = ask(temperature=0.9, seed=5, top_k=30, top_p=0.95, repetition_penalty=1.3, frequency_penalty=0.4, min_tokens=30)
+    requests.append(Request("plain", PROMPTS[1], SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)))
+    page = 16 * 2 * 2 * 2 * 16 * 4
+    expected = run(folder, requests)
+    actual = run(folder, requests, tiles={1: TILES, 4: TILES}, max_batch_tokens=13, kv_cache_bytes=10 * page)
+    assert actual[3].preemptions > 0 and actual[0] == expected[0]
 
 
 @only_gpu

@@ -3,6 +3,7 @@
 Greedy rows take the largest logit, the lowest id among equals. Rows with a temperature take the argmax of
 logits / temperature + Gumbel noise, which samples the softmax; the noise is Philox 4x32-10 of (seed, position), the same
 numbers as engine/philox.py. SPLITS programs share a row; the last one to arrive picks among their candidates in order.
+Rows that restrict.py cut come divided, with the threshold below which nothing is chosen.
 """
 
 from __future__ import annotations
@@ -11,16 +12,20 @@ import torch
 
 from model_core.engine.philox import uniform
 from model_core.kernels.decode.products import follow, launch_options
-from model_core.kernels.decode.state import DecodeState
+from model_core.kernels.decode.state import PENALTIES, RULES, DecodeState
 from model_core.kernels.runtime import cdiv, jit, tl
 
 _SPLITS = 16
+COLUMNS, CANDIDATES = 2048, 4096  # of restrict.py: maxima of a row that is cut, and what it may keep outside the row
+SAMPLE_BYTES = 4 * (COLUMNS + CANDIDATES + 2 * _SPLITS + 3)  # of a row of SampleSpace
+_RULES, _PENALTIES = tl.constexpr(RULES), tl.constexpr(PENALTIES)
 
 
 @jit
 def _kernel(
     logits_ptr, best_ptr, where_ptr, arrived_ptr, rows_ptr, token_ptr, position_ptr, temperature_ptr, seed_ptr, out_ptr,
-    dump, V: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    limit_ptr, rules_ptr, counts_ptr, dump, V: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     split, row = tl.program_id(0), tl.program_id(1)
     follow(PDL)
@@ -28,7 +33,8 @@ def _kernel(
     position = tl.load(position_ptr + slot)
     temperature = tl.load(temperature_ptr + slot)
     seed = tl.load(seed_ptr + slot)
-    scale = 1.0 / tl.where(temperature > 0, temperature, 1.0)
+    limit = tl.load(limit_ptr + row)
+    scale = 1.0 / tl.where((temperature > 0) & (limit == float("-inf")), temperature, 1.0)
     quad = tl.arange(0, BLOCK)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     where = tl.full([BLOCK], V, tl.int32)
@@ -45,6 +51,7 @@ def _kernel(
             inside = (start + quad < SHARE) & (j < V)
             x = tl.load(logits_ptr + row.to(tl.int64) * V + j, mask=inside, other=float("-inf"))
             broken |= (inside & ((x != x) | (x == float("inf")) | (x == float("-inf")))).to(tl.int32)
+            x = tl.where(x < limit, float("-inf"), x)
             if temperature > 0:
                 u = ((words[lane] >> 9).to(tl.float32) + 0.5) * (1.0 / (1 << 23))
                 x = x * scale - tl.log(-tl.log(u))
@@ -68,43 +75,53 @@ def _kernel(
         if slot != dump:  # where padding rows meet, nothing moves
             tl.store(token_ptr + slot, token)
             tl.store(position_ptr + slot, position + 1)
+            if (tl.load(rules_ptr + slot * _RULES) & _PENALTIES) != 0:
+                count_ptr = counts_ptr + slot * V + token
+                tl.store(count_ptr, tl.load(count_ptr) + 2)
         tl.store(out_ptr + row, tl.where(bad, -1, token))
         tl.store(arrived_ptr + row, 0)
 
 
 class SampleSpace:
-    """Workspace for `rows` rows; `arrived` is zero between launches."""
+    """Workspace for `rows` rows; `arrived` and `found` are zero between launches. `limit`: -inf for rows that are not cut."""
 
     def __init__(self, rows: int, device: torch.device | str) -> None:
         self.best = torch.empty((rows, _SPLITS), dtype=torch.float32, device=device)
         self.where = torch.empty((rows, _SPLITS), dtype=torch.int32, device=device)
         self.arrived = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.limit = torch.full((rows,), -torch.inf, dtype=torch.float32, device=device)
+        self.columns = torch.empty((rows, COLUMNS), dtype=torch.float32, device=device)
+        self.candidates = torch.empty((rows, CANDIDATES), dtype=torch.float32, device=device)
+        self.found = torch.zeros(rows, dtype=torch.int32, device=device)
 
 
 def sample(
     logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, out: torch.Tensor, space: SampleSpace, *, pdl: bool
 ) -> None:
     """out int64 [M] = the tokens of logits float32 [M, vocab], -1 where they were not finite; the slots' last_token and
-    position advance, but not the dump slot's."""
+    position advance, but not the dump slot's. space.limit [M] is restrict's."""
     count, vocab = logits.shape
     share = cdiv(cdiv(vocab, 4), _SPLITS)
     _kernel[(_SPLITS, count)](
         logits, space.best, space.where, space.arrived, rows, state.last_token, state.position, state.temperature,
-        state.seed, out, state.dump, V=vocab, SPLITS=_SPLITS, SHARE=share, BLOCK=256, PDL=pdl, num_warps=4,
-        **launch_options(pdl))  # fmt: skip
+        state.seed, out, space.limit, state.rules, state.counts, state.dump, V=vocab, SPLITS=_SPLITS, SHARE=share, BLOCK=256,
+        PDL=pdl, num_warps=4, **launch_options(pdl))  # fmt: skip
 
 
-def sample_torch(logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, out: torch.Tensor) -> None:
+def sample_torch(logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, out: torch.Tensor, space: SampleSpace) -> None:
     """Reference."""
     finite = torch.isfinite(logits).all(-1)
-    temperature = state.temperature[rows, None]
+    temperature, limit = state.temperature[rows, None], space.limit[: len(rows), None]
+    logits = logits.masked_fill(logits < limit, -torch.inf)
     u = uniform(state.seed[rows], state.position[rows].long() + 1, logits.shape[1])
-    drawn = logits / torch.where(temperature > 0, temperature, 1.0) - (-u.log()).log()
+    drawn = logits / torch.where((temperature > 0) & (limit == -torch.inf), temperature, 1.0) - (-u.log()).log()
     chosen = torch.where(temperature > 0, drawn, logits)
     tokens = chosen.argmax(-1)
     out.copy_(torch.where(finite, tokens, -1))
     state.last_token[rows] = torch.where(finite & (rows != state.dump), tokens, 0)
     state.position[rows] += (rows != state.dump).int()
+    counted = rows[((state.rules[rows, 0] & PENALTIES) > 0) & (rows != state.dump)]
+    state.counts[counted, state.last_token[counted]] += 2
 
 
 def bytes_moved(rows: int, vocab: int) -> int:
