@@ -2,6 +2,7 @@
 
     python -m benchmarks.startup [--rounds 2]            this checkout, weights there
     python -m benchmarks.startup --clone [--rounds 2]    a new one: git clone, uv sync, weights fetched
+    python -m benchmarks.startup --engine FOLDER         the engine alone, a new process a round: benchmarks/engine_startup.py
 
 `.venv/bin/serve run` with the repository's serve_config.yaml and ports of its own; HF_ENDPOINT points at a closed port, so
 the fallback is served, and with --clone fetched from the package index. Meanwhile a client asks for a streamed chat
@@ -33,6 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks import engine_startup
 from benchmarks.report import write_report
 from benchmarks.server import ROOT, Server, serving
 
@@ -166,6 +168,7 @@ def serve_until_first_token(root: Path) -> Round:
     done = Round(watch.found["engine ready"][1], watch.at["engine ready"] - watch.replica_started)
     engine = [part.split() for part in watch.found["start-up"][1].split(", ")]
     durations = {f"engine: {' '.join(words[:-2])}": float(words[-2]) for words in engine}
+    durations.pop("engine: imports", None)  # from the replica's start, which is an own step here
     at = watch.at
     loading = at["start-up"] - sum(durations.values())
     moments = {name: at[name] for name in list(_LINES)[: list(_LINES).index("memory")] if name in at}
@@ -243,7 +246,17 @@ def main() -> None:
     parser.add_argument("--clone", action="store_true", help="start from nothing: git clone, uv sync, no weights")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path)
+    alone = parser.add_argument_group("with --engine")
+    alone.add_argument("--engine", type=Path, metavar="FOLDER", help="a model folder")
+    alone.add_argument("--settings", type=json.loads, default={}, metavar="JSON", help="of EngineConfig")
+    alone.add_argument("--cache", type=Path, help="folder of caches to find and keep; by default a new one each time")
+    alone.add_argument("--from-disk", action="store_true", help="drop the weights from the page cache before each round")
+    alone.add_argument("--late-context", action="store_true", help="start the CUDA driver when torch is imported, not before")
     options = parser.parse_args()
+    if options.engine is not None:
+        engine_startup.run(options.engine, options.rounds, settings=options.settings, cache=options.cache,
+                           from_disk=options.from_disk, early=not options.late_context, out=options.out)  # fmt: skip
+        return
     rounds = []
     for number in range(options.rounds):
         print(f"round {number + 1}", file=sys.stderr)

@@ -21,8 +21,8 @@ from model_core.errors import CheckpointError
 from model_core.threads import over_threads
 from model_core.weights.checkpoint import StoredTensor
 
-CHUNK = 8 << 20  # bytes of a buffer
-READERS = 8  # threads at most: pinned memory is READERS * 2 * CHUNK = 128 MiB
+CHUNK = 4 << 20  # bytes of a buffer
+READERS = 8  # threads at most: pinned memory is READERS * 2 * CHUNK = 64 MiB, which torch keeps for later copies
 _ALIGNMENT = 16  # bytes, of tensors in a buffer: views of any dtype
 AVAILABLE = hasattr(os, "preadv")  # not on Windows
 
