@@ -31,6 +31,7 @@ NEW = 12
 # how the answers are chosen: by the graphs, by the sampler, and greedily with log-probabilities
 WAYS = [dict(temperature=0.0, logprobs=4), dict(temperature=0.8, seed=11),
         dict(temperature=1.1, seed=5, top_k=40, top_p=0.9, min_p=0.01, logprobs=2),
+        dict(temperature=0.9, seed=8, top_k=30, top_p=0.95, frequency_penalty=0.5),
         dict(temperature=0.7, seed=6, top_p=0.8, repetition_penalty=1.2, logprobs=0)]  # fmt: skip
 
 
