@@ -13,12 +13,12 @@ import time
 
 
 def main() -> None:
-    """argv: the model folder, EngineConfig as JSON, and whether the CUDA driver starts before torch is imported (0 or 1)."""
+    """argv: the model folder, EngineConfig as JSON, and whether there is a head start (0 or 1)."""
     folder, settings, early = sys.argv[1:]
     if early == "1":
-        from model_core import cuda_context
+        from model_core import head_start
 
-        cuda_context.begin()
+        head_start.begin()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from model_core.engine.config import EngineConfig
     from model_core.engine.engine import Engine

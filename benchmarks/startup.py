@@ -251,11 +251,11 @@ def main() -> None:
     alone.add_argument("--settings", type=json.loads, default={}, metavar="JSON", help="of EngineConfig")
     alone.add_argument("--cache", type=Path, help="folder of caches to find and keep; by default a new one each time")
     alone.add_argument("--from-disk", action="store_true", help="drop the weights from the page cache before each round")
-    alone.add_argument("--late-context", action="store_true", help="start the CUDA driver when torch is imported, not before")
+    alone.add_argument("--no-head-start", action="store_true", help="CUDA's context only after torch was imported")
     options = parser.parse_args()
     if options.engine is not None:
         engine_startup.run(options.engine, options.rounds, settings=options.settings, cache=options.cache,
-                           from_disk=options.from_disk, early=not options.late_context, out=options.out)  # fmt: skip
+                           from_disk=options.from_disk, early=not options.no_head_start, out=options.out)  # fmt: skip
         return
     rounds = []
     for number in range(options.rounds):

@@ -14,7 +14,7 @@ from deployments.logs import log_to_stderr
 from deployments.transport.sender import Link, Links, ReplyTo
 from deployments.transport.stream import Stream
 from deployments.transport.wire import pack_events
-from model_core import cuda_context
+from model_core import head_start
 from model_core.engine.config import EngineConfig
 from model_core.engine.request import EngineInfo, EngineStats, Request, TokenEvent
 from model_core.errors import EngineDead, RequestError
@@ -71,7 +71,7 @@ def load_engine(spec: ReplicaSpec) -> EngineLike:
     if not local.path.exists():
         local = replace(ensure_weights(spec.source, spec.weight_dir), source=local.source)
     if spec.engine.device != "cpu":
-        cuda_context.begin()  # while the import of torch takes its seconds
+        head_start.begin()  # while the import of torch takes its seconds
     from model_core.engine.engine import Engine
 
     return Engine.load(local.path, spec.engine, name=spec.name, source=local.source)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from model_core import head_start
 from model_core.cache.pages import PagePool
 from model_core.dispatch import compile as compiler
 from model_core.dispatch.ops import Ops
@@ -110,6 +111,7 @@ def _load_parts(path: Path, config: EngineConfig) -> Parts:
     startup.imports()
     if config.device != "cpu" and torch.cuda.is_available():
         with startup.timed("CUDA context"):
+            head_start.begin()
             torch.cuda.mem_get_info()
     with startup.timed("open"):
         checkpoint = open_checkpoint(path)
@@ -151,6 +153,8 @@ def assemble(model: ModelConfig, parameters: Parameters, config: EngineConfig, p
         pool = PagePool(placed.ledger.num_pages, config.page_size, prefix_cache=config.prefix_cache)
     runner = _runner(llama, ops, kv, placed, config, startup, weights)
     if isinstance(runner, GraphRunner):
+        with startup.timed("Triton's key"):
+            head_start.wait()
         runner.warm_up(placed.limits.max_batch_tokens, startup.timed)
     else:
         with startup.timed("warm-up"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.random_model import write_model
-from model_core import cuda_context
+from model_core import head_start
 from model_core.engine import load, startup
 from model_core.engine.config import EngineConfig
 from model_core.engine.startup import StartUp, Step, waterfall
@@ -114,5 +114,28 @@ def test_an_engine_is_not_ready_before_its_weights_and_their_error_comes_out(fol
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
-def test_without_a_driver_there_is_no_context_to_begin():
-    assert cuda_context.begin() is None
+def test_without_a_driver_there_is_nothing_to_begin():
+    assert not head_start.begin() and not head_start._threads
+    head_start.wait()
+
+
+def test_a_head_start_begins_the_context_and_hashes_what_triton_will_ask_for(monkeypatch):
+    triton_cache = pytest.importorskip("triton.runtime.cache")
+
+    class Driver:
+        called: list[str] = []
+
+        def __getattr__(self, name):
+            return lambda *args: self.called.append(name) or 0
+
+    monkeypatch.setattr(head_start.ctypes, "CDLL", lambda name: Driver())
+    monkeypatch.setattr(head_start, "_threads", [])
+    assert head_start.begin() and head_start.begin()
+    head_start.wait()
+    assert Driver.called == ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain"]  # once
+    assert triton_cache.triton_key.cache_info().currsize == 1
+
+
+def test_a_head_start_imports_no_torch():
+    code = "import sys, triton.runtime.cache; from model_core import head_start; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
