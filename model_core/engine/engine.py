@@ -16,18 +16,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from model_core.engine.clock import MOST_AHEAD, Span
 from model_core.engine.config import EngineConfig
 from model_core.engine.load import Parts, load_parts
 from model_core.engine.plan import StepPlan, check_request
-from model_core.engine.records import StepRecord, StepRing
+from model_core.engine.records import Launched, StepRecord, StepRing, us
 from model_core.engine.request import EngineInfo, EngineStats, FinishReason, Request, TokenEvent
-from model_core.engine.runner import InFlight
 from model_core.engine.validate import validate
 from model_core.errors import EngineDead, RequestError
 
 logger = logging.getLogger("mini_llm.engine")
 
+_event: Callable[[tuple[object, ...]], TokenEvent] = partial(tuple.__new__, TokenEvent)  # of 256: 108 us, TokenEvent() 170
 OnStep = Callable[[list[TokenEvent]], None]
+_PAUSE_US = 5000  # for which another thread may keep the interpreter to itself (sys.getswitchinterval)
 _MAX_FAILED_STEPS = 3  # in a row; after that the fault is the engine's, not a request's
 
 
@@ -66,7 +68,8 @@ class Engine:
         self._failed_steps = 0
         self._steps = 0
         self._seeds = random.Random(config.seed)
-        self._lookahead = 1 if parts.device.type == "cuda" else 0  # a CPU step is done when launch returns
+        self._most_ahead = MOST_AHEAD if parts.device.type == "cuda" else 0  # a CPU step is done when launch returns
+        self._before: Span | None = None  # of the newest step, unless the engine had nothing to do since
 
     @classmethod
     def load(cls, path: Path | str, config: EngineConfig | None = None, *, name: str | None = None,
@@ -114,7 +117,8 @@ class Engine:
             pages_cached=pool.cached, steps=self._steps, prompt_tokens=s.prompt_tokens,
             generation_tokens=s.generation_tokens, prefix_queries=s.prefix_queries, prefix_hits=s.prefix_hits,
             preemptions=s.preemptions, step_ms=self._step_ms,
-            last_step_age_s=time.monotonic() - self._progress_at if s.has_work else 0.0)
+            last_step_age_s=time.monotonic() - self._progress_at if s.has_work else 0.0,
+            gpu_busy_s=self.records.gpu_busy, gpu_idle_s=self.records.gpu_idle)
 
     def dispatch_table(self) -> list[dict[str, Any]]:
         """Which implementation runs for which op and shape, and why."""
@@ -132,10 +136,11 @@ class Engine:
     def _run(self) -> None:
         if self.parts.device.type == "cpu":
             _yield_to_others()
-        flights: deque[InFlight] = deque()
+        flights: deque[Launched] = deque()
         try:
             while not self._stopping:
-                idle = not (self.parts.scheduler.has_work or flights)
+                if idle := not (self.parts.scheduler.has_work or flights):
+                    self._before = None
                 self._read_inbox(wait=idle and not self._prepare())
                 self._turn(flights)
                 self._flush()
@@ -189,70 +194,82 @@ class Engine:
         except RequestError as error:  # only a duplicate id comes as far as this
             logger.warning("refused a request: %s", error)
 
-    def _turn(self, flights: deque[InFlight]) -> None:
+    def _turn(self, flights: deque[Launched]) -> None:
         """Schedule and launch a step, then read the oldest one as soon as enough others are behind it."""
         began = time.perf_counter()
+        ahead = self._lookahead(flights)
+        launched = len(flights) <= ahead and self._launch(flights)
+        if flights and (len(flights) > ahead or not launched or flights[0].flight.span.over):
+            self._collect(flights.popleft())
+            self._step_ms = 1e3 * (time.perf_counter() - began)
+
+    def _lookahead(self, flights: deque[Launched]) -> int:
+        """Steps that may be in flight while another one is launched. One hides a turn of this thread, but not the pause that it
+        makes when another thread has the interpreter: short decode steps that last as long are launched while nobody waits.
+        A request that comes then waits for them, and of a sequence that stops so many rows are computed in vain."""
+        if self._inbox.qsize() or self.parts.scheduler.waiting or not flights or flights[-1].flight.plan.chunks:
+            return min(1, self._most_ahead)
+        return min(self._most_ahead, max(1, -(-_PAUSE_US // max(1, self.records.gpu_us))))
+
+    def _launch(self, flights: deque[Launched]) -> bool:
+        """Schedule and launch a step; False if there is none."""
+        began = time.perf_counter()
         self.stage = "scheduling"
-        plan = self.parts.scheduler.schedule()
+        s = self.parts.scheduler
+        plan = s.schedule()
+        if plan is None:
+            return False
         planned = time.perf_counter()
-        if plan is not None:
-            self.stage = f"computing step {plan.step} ({plan.num_decodes} decodes, {plan.num_tokens} tokens)"
-            try:
-                flights.append(self.parts.runner.launch(plan, partial(self._proceed, plan)))
-            except _Abandoned:
-                for entry in plan.entries:
-                    self._abort(entry.seq.request_id)
-                self.parts.scheduler.commit(plan, {})
-                return
-            except Exception as error:
-                while flights:
-                    self._collect(flights.popleft())
-                self._fail_step(plan, error)
-                return
-        launched = time.perf_counter()
-        waited = emitted = launched
-        if flights and (len(flights) > self._lookahead or plan is None):
-            waited, emitted = self._collect(flights.popleft())
-        if plan is not None:
-            s = self.parts.scheduler
-            prefill = plan.num_tokens - plan.num_decodes
-            self.records.append(StepRecord(
-                plan.step, time.time(), plan.num_decodes, prefill, s.running, s.waiting, s.pool.available,
-                len(plan.preempted), *(int(1e6 * (b - a)) for a, b in (
-                    (began, planned), (planned, launched), (launched, waited), (waited, emitted)))))
-        self._step_ms = 1e3 * (time.perf_counter() - began)
+        self.stage = f"computing step {plan.step} ({plan.num_decodes} decodes, {plan.num_tokens} tokens)"
+        try:
+            flight = self.parts.runner.launch(plan, partial(self._proceed, plan))
+        except _Abandoned:
+            for entry in plan.entries:
+                self._abort(entry.seq.request_id)
+            s.discard(plan)
+            return False
+        except Exception as error:
+            while flights:
+                self._collect(flights.popleft())
+            self._fail_step(plan, error)
+            return False
+        record = StepRecord(
+            plan.step, time.time(), plan.num_decodes, plan.num_tokens - plan.num_decodes, s.running, s.waiting,
+            s.pool.available, len(plan.preempted), us(planned - began), us(time.perf_counter() - planned))
+        flights.append(Launched(flight, self._before, record))
+        self._before = flight.span
+        return True
 
     def _proceed(self, plan: StepPlan) -> None:
         """Between two layers on a CPU, where a step takes long: stop if nobody waits for it any more."""
         if self._left and all(entry.seq.request_id in self._left for entry in plan.entries):
             raise _Abandoned
 
-    def _collect(self, flight: InFlight) -> tuple[float, float]:
-        """Read a step's tokens, commit them, and queue their events. Returns when the wait and the rest ended."""
-        self.stage = f"waiting for step {flight.plan.step}"
+    def _collect(self, launched: Launched) -> None:
+        """Read a step's tokens, commit them, queue their events, and note how long it all took."""
+        flight, step = launched.flight, launched.record.step
+        began = time.perf_counter()
+        self.stage = f"waiting for step {step}"
         try:
             tokens, logprobs = flight.collect()
         except Exception as error:
             self._fail_step(flight.plan, error)
-            return time.perf_counter(), time.perf_counter()
+            return
         waited = time.perf_counter()
-        self.stage = f"emitting step {flight.plan.step}"
-        live = [entry.seq for entry in flight.rows if entry.seq.finish is None]
-        for seq in live:
-            if tokens[seq.request_id] < 0:
-                self._fail(seq.request_id, "the model produced logits that are not finite numbers")
-        self.parts.scheduler.commit(flight.plan, tokens)
-        for seq in live:
-            key = seq.request_id
-            if seq.finish == "error":
-                continue
-            first = seq.num_output == 1
-            self._events.append(TokenEvent(key, [tokens[key]], seq.finish, [logprobs[key]] if key in logprobs else None,
-                                           cached_tokens=seq.cached_tokens if first else 0))
+        self.stage = f"emitting step {step}"
+        sampling = flight.plan.sampling
+        for seq in [seq for seq, token in zip(sampling, tokens, strict=True) if token < 0 and seq.finish is None]:
+            self._fail(seq.request_id, "the model produced logits that are not finite numbers")
+        ended = set(self.parts.scheduler.commit(flight.plan, tokens))
+        self._events += [
+            _event((seq.request_id, [token], seq.finish, logprobs.get(place), None,
+                    seq.cached_tokens if len(seq.tokens) == seq.num_prompt + 1 else 0))
+            for place, (seq, token) in enumerate(zip(sampling, tokens, strict=True))
+            if seq.finish is None or seq in ended]  # others have had their last event
+        self.records.append(launched.finished(waited - began, time.perf_counter() - waited))
         self._steps += 1
         self._failed_steps = 0
         self._progress_at = time.monotonic()
-        return waited, time.perf_counter()
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
         """A step raised: its sequences end with an error, the others go on, unless it happens again and again."""
@@ -263,7 +280,7 @@ class Engine:
         for entry in plan.entries:
             if entry.seq.finish is None:
                 self._fail(entry.seq.request_id, f"the step that computed this request failed: {error}")
-        self.parts.scheduler.commit(plan, {})
+        self.parts.scheduler.discard(plan)
 
     def _fail(self, request_id: str, message: str) -> None:
         self.parts.scheduler.finish(request_id, "error")

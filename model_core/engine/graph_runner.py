@@ -19,14 +19,17 @@ from model_core.dispatch.measured import Measured, explain_row, with_products
 from model_core.dispatch.ops import Ops
 from model_core.dispatch.store import Mode, digest, facts, measured_choices
 from model_core.dispatch.tiles import PRODUCTS, StepTiles, default_split, default_tiles
+from model_core.engine.clock import MOST_AHEAD, Clock
 from model_core.engine.graphs import PREFILL_SEQS, DecodeGraphs, GraphPool, PrefillGraphs, fitting, row_buckets, token_buckets
 from model_core.engine.memory import available_host_memory
 from model_core.engine.packed import Packed
 from model_core.engine.plan import Limits, Scheduled, StepPlan
 from model_core.engine.rules import SlotRules
-from model_core.engine.runner import EVERY_SAMPLER_STEP, InFlight, Part, forbidden_in, record_event, to_host
+from model_core.engine.runner import EVERY_SAMPLER_STEP, InFlight, Part, forbidden_in, to_host
 from model_core.engine.sampler import Sampled, Sampler, divisor
+from model_core.engine.sequence import Sequence
 from model_core.engine.startup import Timed, untimed
+from model_core.engine.tables import BlockTables
 from model_core.kernels.decode.attention import SplitTiles
 from model_core.kernels.decode.state import DecodeState
 from model_core.model.batch import blocks_of
@@ -34,15 +37,13 @@ from model_core.model.decode import DecodeChain, why_unsupported
 from model_core.model.kv import KVCache
 from model_core.model.llama import Llama
 
-_UPDATES = 4096  # entries of block tables that one copy brings to the device
-
 
 class GraphRunner:
     """All state per slot lives on the device; the host keeps mirrors of what it must know.
 
-    table_len[slot]: entries of the slot's block table that the device has. at[slot]: position of the slot's newest token, which
-    only the device need know, or -1 while the slot's prompt is not computed to its end. A sequence is decoded by the
-    decode graph if `at` is where it should be; otherwise its next token is a chunk like any other.
+    at[slot]: position of the slot's newest token, which only the device need know, or -1 while the slot's prompt is not
+    computed to its end. A sequence is decoded by the decode graph if `at` is where it should be; otherwise its next token is
+    a chunk like any other.
     """
 
     def __init__(self, model: Llama, ops: Ops, kv: KVCache, limits: Limits, page_size: int, device: torch.device, *,
@@ -54,8 +55,7 @@ class GraphRunner:
         self.max_pages = -(-limits.max_context // page_size)
         self.state = DecodeState.empty(limits.max_seqs, self.max_pages, device, self.sampler.counts)
         self.rules = SlotRules(self.state, model.config.vocab_size)
-        self.table_len = [0] * limits.max_seqs
-        self.at = [-1] * limits.max_seqs
+        self.at = np.full(limits.max_seqs, -1, dtype=np.int64)
         self.special: set[int] = set()  # slots whose requests the graphs cannot sample for
         pool = GraphPool(device)
         # decode kernels add in other orders than those of prompts, so an invariant model decodes by chunks of one token
@@ -72,40 +72,53 @@ class GraphRunner:
         self.prefills = PrefillGraphs(model, ops, kv, self.state, token_buckets(limits.max_batch_tokens), pool, seqs=seqs)
         self._rows = Packed([("rows", limits.max_seqs, "int64")], device)
         self._last_rows = np.zeros(0, dtype=np.int64)
-        self._updates = Packed([("where", _UPDATES, "int64"), ("page", _UPDATES, "int32")], device)
-        self._outs = [torch.zeros(limits.max_seqs, dtype=torch.int64, pin_memory=self._pin) for _ in range(4)]
+        self._last_decodes: list[Sequence] = []
+        self._last_slots = self._last_rows
+        self._places = np.arange(limits.max_seqs)
+        self._clock = Clock(device)
+        self._tables = BlockTables(self.state, device)
+        self._outs = [torch.zeros(limits.max_seqs, dtype=torch.int64, pin_memory=self._pin) for _ in range(MOST_AHEAD + 1)]
         self._out = 0
 
     def launch(self, plan: StepPlan, proceed: Callable[[], object] = int) -> InFlight:
         for seq in plan.admitted:
             assert seq.slot is not None and seq.request.params.seed is not None
-            self.table_len[seq.slot], self.at[seq.slot] = 0, -1
+            self._tables.clear(seq.slot)
+            self.at[seq.slot] = -1
             self.special.discard(seq.slot)
             if not self.rules.assign(seq):
                 self.special.add(seq.slot)
                 self.sampler.assign(seq.slot, seq.request.params, seq.request.params.seed, seq.tokens, seq.num_prompt)
-        decodes, chunks = [], []
-        for entry in plan.entries:
-            slot = entry.seq.slot
-            assert slot is not None
-            if entry.count == 1 and self.at[slot] == entry.start and self.decodes is not None:
-                decodes.append(entry)
-                self.at[slot] += 1
-            else:
-                chunks.append(entry)
-                self.at[slot] = entry.start + entry.count if entry.samples else -1
-        self._write_tables(plan.entries)
-        parts: list[Part] = []
-        if decodes:
-            self._decode(decodes, parts)
+        if plan.admitted or plan.decodes != self._last_decodes:  # else they are in the slots where they were
+            self._last_decodes, self._last_slots = plan.decodes, np.array([seq.slot for seq in plan.decodes], dtype=np.int64)
+        slots, starts = self._last_slots, np.array(plan.starts, dtype=np.int64)
+        ready = self.at[slots] == (starts if self.decodes is not None else -2)
+        self.at[slots] = starts + 1
+        self._tables.write([*plan.admitted, *plan.grown])
+        flight = InFlight(plan, [], self._clock.next())
+        places, chunks, where = self._places[: len(slots)], plan.chunks, []
+        if np.count_nonzero(ready) < len(slots):
+            places, where = np.flatnonzero(ready), np.flatnonzero(~ready).tolist()
+            chunks = [Scheduled(plan.decodes[place], plan.starts[place], 1, True) for place in where] + chunks
+            slots = slots[ready]
+        if len(places):
+            self._decode(flight, places, slots, max(plan.starts))
+        place = len(plan.decodes)
+        for seq, start, count, samples in plan.chunks:
+            assert seq.slot is not None
+            self.at[seq.slot] = start + count if samples else -1
+            where.append(place if samples else -1)
+            place += samples
         for first in range(0, len(chunks), self.prefills.seqs):  # all tokens of a step fit the largest bucket
-            self._prefill(chunks[first : first + self.prefills.seqs], parts)
-        return InFlight(plan, parts, record_event(self.device))
+            group = slice(first, first + self.prefills.seqs)
+            self._prefill(flight, chunks[group], np.array(where[group]))
+        flight.span.end()
+        return flight
 
-    def _decode(self, entries: list[Scheduled], parts: list[Part]) -> None:
+    def _decode(self, flight: InFlight, places: np.ndarray, rows: np.ndarray, furthest: int) -> None:
+        """rows int64 [len(places)]: slots of the decodes at these places of the plan, none at a position beyond `furthest`."""
         assert self.decodes is not None
-        count = len(entries)
-        rows = np.fromiter((entry.seq.slot for entry in entries), dtype=np.int64, count=count)
+        count, plan = len(rows), flight.plan
         bucket = fitting(self.decodes.buckets, count)
         if len(self._last_rows) != count or (rows != self._last_rows).any():
             self._last_rows = rows
@@ -114,11 +127,14 @@ class GraphRunner:
             host[count:] = self.state.dump
             self._rows.send()
             self.decodes.rows.copy_(self._rows.device["rows"], non_blocking=True)
-        longest = fitting(self.decodes.lengths, max(entry.start for entry in entries) + 1)
-        self.decodes.get(bucket, longest).replay()
-        self._sampled(entries, self.decodes.chain.logits, self.decodes.out, self._next_out(), parts)
+        graph = self.decodes.get(bucket, fitting(self.decodes.lengths, furthest + 1))
+        flight.span.begin()
+        graph.replay()
+        special = [(row, Scheduled(plan.decodes[place], plan.starts[place], 1, True))
+                   for row, place in enumerate(places) if plan.decodes[place].slot in self.special] if self.special else []
+        self._sampled(flight, places, special, self.decodes.chain.logits, self.decodes.out, self._next_out())
 
-    def _prefill(self, entries: list[Scheduled], parts: list[Part]) -> None:
+    def _prefill(self, flight: InFlight, entries: list[Scheduled], places: np.ndarray) -> None:
         size, dump = self.page_size, self.state.dump
         counts = np.array([entry.count for entry in entries], dtype=np.int32)
         starts = np.array([entry.start for entry in entries], dtype=np.int32)
@@ -158,50 +174,30 @@ class GraphRunner:
         h["blocks"][len(blocks) :] = -1
         bucket.packed.send()
         assert bucket.graph is not None
+        flight.span.begin()
         bucket.graph.replay()
         host = torch.empty(seqs, dtype=torch.int64, pin_memory=self._pin)
-        self._sampled(entries, bucket.logits, bucket.out, host, parts)
-
-    def _sampled(self, entries: list[Scheduled], logits: torch.Tensor, out: torch.Tensor, host: torch.Tensor,
-                 parts: list[Part]) -> None:  # fmt: skip
-        """Bring a graph's tokens to the host. Rows that ask for log-probabilities are sampled again, op by op."""
-        count = len(entries)
-        parts.append(Part(entries, Sampled(host[:count].copy_(out[:count], non_blocking=True))))
         special = [(row, entry) for row, entry in enumerate(entries) if entry.samples and entry.seq.slot in self.special]
+        self._sampled(flight, places, special, bucket.logits, bucket.out, host)
+
+    def _sampled(self, flight: InFlight, places: np.ndarray, special: list[tuple[int, Scheduled]], logits: torch.Tensor,
+                 out: torch.Tensor, host: torch.Tensor) -> None:  # fmt: skip
+        """Bring a graph's tokens to the host. Rows that ask for log-probabilities are sampled again, op by op."""
+        count = len(places)
+        flight.parts.append(Part(places, Sampled(host[:count].copy_(out[:count], non_blocking=True))))
         # torch may divide its sums by the number of rows
         for group in [[one] for one in special] if self.model.invariant else [special] * bool(special):
-            self._sample_again(group, logits, parts)
+            again = self._sample_again(group, logits)
+            flight.parts.append(Part(places[[row for row, _ in group]], to_host(again)))
 
-    def _sample_again(self, special: list[tuple[int, Scheduled]], logits: torch.Tensor, parts: list[Part]) -> None:
+    def _sample_again(self, special: list[tuple[int, Scheduled]], logits: torch.Tensor) -> Sampled:
         rows, chosen = [row for row, _ in special], [entry for _, entry in special]
         slots = self._send([entry.seq.slot for entry in chosen])
         positions = self._send([entry.start + entry.count for entry in chosen])
         params = [entry.seq.request.params for entry in chosen]
         sampled = self.sampler.sample(logits[self._send(rows)], slots, positions, params, forbidden_in(chosen))
         self.state.last_token[slots] = sampled.tokens.clamp(min=0)
-        parts.append(Part(chosen, to_host(sampled)))
-
-    def _write_tables(self, entries: list[Scheduled]) -> None:
-        """Bring the device's block tables up to date with the sequences'."""
-        where: list[int] = []
-        pages: list[int] = []
-        for seq, *_ in entries:
-            slot, table = seq.slot, seq.block_table
-            assert slot is not None
-            have = self.table_len[slot]
-            if have < len(table):
-                base = slot * self.max_pages
-                where += range(base + have, base + len(table))
-                pages += table[have:]
-                self.table_len[slot] = len(table)
-        flat = self.state.block_tables.view(-1)
-        for first in range(0, len(where), _UPDATES):
-            count = min(_UPDATES, len(where) - first)
-            host = self._updates.turn()
-            host["where"][:count] = where[first : first + count]
-            host["page"][:count] = pages[first : first + count]
-            self._updates.send()
-            flat.index_copy_(0, self._updates.device["where"][:count], self._updates.device["page"][:count])
+        return sampled
 
     def _next_out(self) -> torch.Tensor:
         self._out = (self._out + 1) % len(self._outs)

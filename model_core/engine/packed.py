@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from model_core.engine.clock import MOST_AHEAD
+
 _TORCH = {np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32, np.dtype(np.float32): torch.float32}
-_COPIES = 3  # host buffers in turn: with fewer the host would wait for copies behind a running step
+_COPIES = MOST_AHEAD + 1  # host buffers in turn: with fewer the host would wait for copies behind a running step
 
 
 class Packed:

@@ -102,3 +102,5 @@ class EngineStats:
     preemptions: int
     step_ms: float  # duration of the last step
     last_step_age_s: float  # seconds since the engine thread last made progress
+    gpu_busy_s: float = 0.0  # totals since start; of steps on the device, and between steps while there was work; 0 on a CPU
+    gpu_idle_s: float = 0.0

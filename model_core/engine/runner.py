@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from model_core.engine.clock import Clock, Span
 from model_core.engine.plan import Limits, Scheduled, StepPlan
 from model_core.engine.request import SamplingParams, TokenLogprobs
 from model_core.engine.sampler import Sampled, Sampler
@@ -19,9 +20,9 @@ from model_core.model.llama import Llama
 
 @dataclass
 class Part:
-    """Rows of a step: `entries[i]` got row i of `sampled`, unless it does not sample."""
+    """Rows of a step: row i of `sampled` belongs to plan.sampling[places[i]], or to nobody if that is -1. places: int64."""
 
-    entries: list[Scheduled]
+    places: np.ndarray
     sampled: Sampled
 
 
@@ -32,27 +33,21 @@ class InFlight:
 
     plan: StepPlan
     parts: list[Part]
-    done: torch.cuda.Event | None
+    span: Span
 
-    @property
-    def rows(self) -> list[Scheduled]:
-        """The entries that sample."""
-        return [entry for entry in self.plan.entries if entry.samples]
-
-    def collect(self) -> tuple[dict[str, int], dict[str, TokenLogprobs]]:
-        """Token id (-1: the logits were not finite) and, where asked for, log-probabilities, by request id."""
-        if self.done is not None:
-            self.done.synchronize()
-        tokens: dict[str, int] = {}
-        logprobs: dict[str, TokenLogprobs] = {}
+    def collect(self) -> tuple[list[int], dict[int, list[TokenLogprobs]]]:
+        """Token ids (-1: the logits were not finite) of plan.sampling and, where asked for, log-probabilities by place."""
+        self.span.wait()
+        sampling = self.plan.sampling
+        tokens = np.zeros(len(sampling) + 1, dtype=np.int64)  # the last one is nobody's
+        logprobs: dict[int, list[TokenLogprobs]] = {}
         for part in self.parts:
-            chosen = zip(part.entries, part.sampled.tokens.tolist(), strict=True)
-            tokens.update({entry.seq.request_id: token for entry, token in chosen if entry.samples})
+            tokens[part.places] = part.sampled.tokens.numpy()
             if part.sampled.logprob is not None:
-                for row, (seq, *_) in enumerate(part.entries):
-                    if (count := seq.request.params.logprobs) is not None:
-                        logprobs[seq.request_id] = part.sampled.logprobs_of(row, count)
-        return tokens, logprobs
+                for row, place in enumerate(part.places.tolist()):
+                    if place >= 0 and (count := sampling[place].request.params.logprobs) is not None:
+                        logprobs[place] = [part.sampled.logprobs_of(row, count)]
+        return tokens[:-1].tolist(), logprobs
 
 
 class StepRunner(Protocol):
@@ -94,6 +89,7 @@ class Runner:
         self.tables = np.zeros((limits.max_seqs, self.max_pages), dtype=np.int32)
         self.table_len = [0] * limits.max_seqs
         self.last_token = torch.zeros(limits.max_seqs, dtype=torch.int64, device=device)
+        self._clock = Clock(device)
 
     def launch(self, plan: StepPlan, proceed: Callable[[], object] = int) -> InFlight:
         for seq in plan.admitted:
@@ -101,11 +97,15 @@ class Runner:
             self.table_len[seq.slot] = 0
             self.sampler.assign(seq.slot, seq.request.params, seq.request.params.seed, seq.tokens, seq.num_prompt)
         rows = [entry for entry in plan.entries if entry.samples]
+        span = self._clock.next()
+        span.begin()
         logits = self.model.forward(self._batch(plan), self.kv, proceed=proceed)
         # what sampling rounds may depend on the number of rows, and on where a row lies
         groups = [slice(row, row + 1) for row in range(len(rows))] if self.model.invariant else [slice(None)] * bool(rows)
-        parts = [Part(rows[group], to_host(self._sample(rows[group], logits[group].clone()))) for group in groups]
-        return InFlight(plan, parts, record_event(self.device))
+        places = np.arange(len(rows))
+        parts = [Part(places[group], to_host(self._sample(rows[group], logits[group].clone()))) for group in groups]
+        span.end()
+        return InFlight(plan, parts, span)
 
     def prepare(self) -> bool:
         return False
@@ -224,15 +224,6 @@ EVERY_SAMPLER_STEP = (
     SamplingParams(temperature=1.0, top_k=10, top_p=0.9, min_p=0.1, logprobs=20, frequency_penalty=0.1),
     SamplingParams(temperature=1.0, top_k=1000, logprobs=0),
 )
-
-
-def record_event(device: torch.device) -> torch.cuda.Event | None:
-    """Marks the end of what was launched so far; None where launching is computing."""
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event()
-    event.record()
-    return event
 
 
 def to_host(sampled: Sampled) -> Sampled:

@@ -138,68 +138,81 @@ class Scheduler:
         for seq in self._stalled:
             seq.reason = Reason.NONE
         self._stalled.clear()
-        entries: list[Scheduled] = []
-        chunks: list[Sequence] = []
+        decodes: list[Sequence] = []
+        starts: list[int] = []
+        grown: list[Sequence] = []
+        begun: list[Sequence] = []  # more than one token is missing
         page_size = self.pool.page_size
         short = 0  # decodes without a page
         for seq in self._running:  # _grow may drop sequences from the end of this list, never one that we met already
             start, total = seq.computed, seq.total
             if total - start > 1:
-                chunks.append(seq)
+                begun.append(seq)
             elif total < seq.limit:  # else its last token is in flight
-                if start >= len(seq.block_table) * page_size and not self._grow(seq, short):
-                    short += 1
-                    self._stall(seq, Reason.NO_PAGES)
-                    continue
-                entries.append(Scheduled(seq, start, 1, True))
+                if start >= len(seq.block_table) * page_size:
+                    if not self._grow(seq, short):
+                        short += 1
+                        self._stall(seq, Reason.NO_PAGES)
+                        continue
+                    grown.append(seq)
+                decodes.append(seq)
+                starts.append(start)
                 seq.computed = total
                 seq.total = total + 1
                 seq.in_flight += 1
-        decodes = len(entries)
-        left = self.limits.max_batch_tokens - decodes
-        for seq in chunks:
-            left -= self._chunk(seq, left, entries)
-        admitted = self._admit(left, entries) if not short else []
-        if not entries:
+        chunks: list[Scheduled] = []
+        left = self.limits.max_batch_tokens - len(decodes)
+        for seq in begun:
+            left -= self._chunk(seq, left, chunks)
+        admitted = self._admit(left, chunks) if not short else []
+        if not decodes and not chunks:
             return None
-        tokens = decodes + sum(entry.count for entry in entries[decodes:])
-        plan = StepPlan(self._steps, entries, decodes, tokens, admitted, self._preempted)
+        plan = StepPlan(self._steps, decodes, starts, chunks, admitted, grown, self._preempted)
         self._preempted = []
         self._steps += 1
         self._plans.append(plan)
         return plan
 
-    def commit(self, plan: StepPlan, sampled: dict[str, int]) -> list[Sequence]:
+    def commit(self, plan: StepPlan, tokens: list[int]) -> list[Sequence]:
         """The device has done `plan`, the oldest in flight. Returns the sequences that ended by it.
 
-        sampled: token id by request id, for each entry with `samples` whose sequence has not ended meanwhile; others
-        are ignored. A preempted sequence keeps its token: only its pages are lost.
+        tokens: an id for each of plan.sampling; those of sequences that have ended meanwhile are dropped. A preempted sequence
+        keeps its token: only its pages are lost.
         """
         if not self._plans or self._plans[0] is not plan:
             raise ValueError(f"step {plan.step} is committed out of order: "
                              f"{[waiting.step for waiting in self._plans]} are in flight")
         self._plans.popleft()
-        ended, generated = [], 0
-        page_size, leaving = self.pool.page_size, self._leaving
-        for seq, start, count, samples in plan.entries:
+        page_size = self.pool.page_size
+        for seq, start in zip(plan.decodes, plan.starts, strict=True):
+            seq.in_flight -= 1
+            if not (start + 1) % page_size and seq.finish is None:
+                self._index(seq, (start + 1) // page_size)
+        for seq, start, count, _ in plan.chunks:
             seq.in_flight -= 1
             if seq.finish is None:
-                full = (start + count) // page_size
-                if full > seq.indexed:
-                    self._index(seq, full)
-                if samples:
-                    token, tokens = sampled[seq.request_id], seq.tokens
-                    tokens.append(token)
-                    generated += 1
-                    if (token in seq.stop_ids or len(tokens) >= seq.limit) and (reason := seq.ends()):
-                        self._end(seq, reason)
-                        ended.append(seq)
-            if not seq.in_flight and seq in leaving:
-                self._release(seq)
+                self._index(seq, (start + count) // page_size)
+        ended, generated = [], 0
+        for seq, token in zip(plan.sampling, tokens, strict=True):
+            if seq.finish is None:
+                known = seq.tokens
+                known.append(token)
+                generated += 1
+                if (token in seq.stop_ids or len(known) >= seq.limit) and (reason := seq.ends()):
+                    self._end(seq, reason)
+                    ended.append(seq)
         self.generation_tokens += generated
+        if self._leaving:
+            for seq in (*plan.decodes, *(chunk.seq for chunk in plan.chunks)):
+                if not seq.in_flight and seq in self._leaving:
+                    self._release(seq)
         if not self._live and not self._leaving and self.pool.used:
             raise RuntimeError(f"{self.pool.used} KV pages leaked: no sequence is left and they are still in use")
         return ended
+
+    def discard(self, plan: StepPlan) -> None:
+        """The device will not do `plan`, the oldest in flight, and all of its sequences have ended."""
+        self.commit(plan, [0] * len(plan.sampling))
 
     def check(self) -> None:
         """Compare every structure with every other; AssertionError on a difference. For tests: costs O(pages)."""
@@ -220,7 +233,7 @@ class Scheduler:
         seq.reason = reason
         self._stalled.append(seq)
 
-    def _chunk(self, seq: Sequence, left: int, entries: list[Scheduled]) -> int:
+    def _chunk(self, seq: Sequence, left: int, chunks: list[Scheduled]) -> int:
         """Schedule up to `left` tokens of a sequence whose pages are there; returns how many."""
         start = seq.computed
         count = min(seq.total - start, left)
@@ -231,7 +244,7 @@ class Scheduler:
         seq.in_flight += 1
         samples = seq.computed == seq.total
         seq.total += samples
-        entries.append(Scheduled(seq, start, count, samples))
+        chunks.append(Scheduled(seq, start, count, samples))
         return count
 
     def _grow(self, seq: Sequence, short: int) -> bool:
@@ -249,7 +262,7 @@ class Scheduler:
         seq.block_table += pages
         return True
 
-    def _admit(self, left: int, entries: list[Scheduled]) -> list[Sequence]:
+    def _admit(self, left: int, chunks: list[Scheduled]) -> list[Sequence]:
         """Move sequences from the queue to running while slots, tokens and pages last."""
         admitted: list[Sequence] = []
         while self._queue:
@@ -272,7 +285,7 @@ class Scheduler:
                 seq.admissions += 1
                 insort(self._running, seq, key=_rank)
                 admitted.append(seq)
-                left -= self._chunk(seq, left, entries)
+                left -= self._chunk(seq, left, chunks)
                 continue
             self._stall(seq, reason)
             break

@@ -120,7 +120,7 @@ def test_prefill_graphs_decode(tmp_path):
         parts.runner = GraphRunner(parts.runner.model, ops, parts.runner.kv, parts.limits, PAGE, parts.device)
         assert parts.runner.decodes is None and parts.runner.prefills.seqs == parts.limits.max_seqs
         parts.runner.kv.poison(1e30)
-        engine._lookahead = 1
+        engine._most_ahead = 1
 
     found = run(folder, asked, device="cpu", max_seqs=4, before=captured)[0]
     wanted = run(folder, asked, device="cpu", max_seqs=4)[0]

@@ -45,7 +45,7 @@ def run(folder, requests, *, tiles=None, abort=None, warm_up=True, **config):
                                    tiles=tiles, split=SplitTiles(32, 16, 4, 1))  # fmt: skip
         if warm_up:
             parts.runner.warm_up(parts.limits.max_batch_tokens)
-        engine._lookahead = 1  # as on a GPU, wherever this runs
+        engine._most_ahead = 1  # as on a GPU, wherever this runs
     parts.runner.kv.poison(1e30)  # the dump page too
     tokens, finishes, logprobs, done = {}, {}, {}, threading.Event()
 

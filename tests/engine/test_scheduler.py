@@ -32,7 +32,7 @@ def step(scheduler: Scheduler, token: int = OUT) -> list[tuple]:
     entries = work(plan)
     scheduler.check()
     if plan is not None:
-        scheduler.commit(plan, {e.seq.request_id: token for e in plan.entries if e.samples})
+        scheduler.commit(plan, [token] * len(plan.sampling))
         scheduler.check()
     return entries
 
@@ -52,11 +52,11 @@ def test_one_request_from_prompt_to_length() -> None:
     plan = scheduler.schedule()
     assert work(plan) == [("a", 0, 6, True)] and plan.admitted == [seq] and seq.slot == 0
     assert (plan.step, plan.num_decodes, plan.num_tokens) == (0, 0, 6)
-    assert scheduler.commit(plan, {"a": OUT}) == []
+    assert scheduler.commit(plan, [OUT]) == []
     assert step(scheduler) == [("a", 6, 1, True)]
     plan = scheduler.schedule()
     assert work(plan) == [("a", 7, 1, True)] and (plan.num_decodes, plan.admitted) == (1, [])
-    assert scheduler.commit(plan, {"a": OUT}) == [seq] and seq.finish == "length" and seq.state is State.FINISHED
+    assert scheduler.commit(plan, [OUT]) == [seq] and seq.finish == "length" and seq.state is State.FINISHED
     assert seq.tokens[6:] == [OUT] * 3 and not scheduler.has_work and scheduler.schedule() is None
     assert (scheduler.prompt_tokens, scheduler.generation_tokens) == (6, 3)
     assert scheduler.pool.used == 0 and seq.block_table == [] and seq.slot is None
@@ -134,7 +134,7 @@ def test_preemption_takes_the_last_one_and_its_recomputation_is_mostly_a_hit() -
         plan = scheduler.schedule()
         seen += [("preempted", name) for name in plan.preempted]
         seen += [(e.seq.request_id, e.start, e.count) for e in plan.entries if e.seq in plan.admitted]
-        scheduler.commit(plan, {e.seq.request_id: OUT for e in plan.entries if e.samples})
+        scheduler.commit(plan, [OUT] * len(plan.sampling))
         scheduler.check()
     # 7 pages: both hold 3, the 7th goes to a at token 12; b needs one at the same time but is last: it waits, until
     # a preempts it at token 16 and evicts one of its 3 full pages. The other two are a hit when a has ended.
@@ -173,7 +173,7 @@ def test_a_page_in_flight_is_not_a_hit() -> None:
     scheduler.add(request("b", prompt))
     second = scheduler.schedule()
     assert ("b", 0, 9, True) in work(second)
-    scheduler.commit(first, {"a": OUT})
+    scheduler.commit(first, [OUT])
     scheduler.add(request("c", prompt))
     assert ("c", 8, 1, True) in work(scheduler.schedule())
     scheduler.check()
@@ -202,7 +202,7 @@ def test_one_ahead_counts_the_unknown_token_and_never_passes_max_tokens() -> Non
     assert len(seq.tokens) == 3 and seq.pending == 3 and len(seq.block_table) == 2
     assert scheduler.schedule() is None and scheduler.has_work
     for plan, ended in zip(plans, ([], [], [seq]), strict=True):
-        assert scheduler.commit(plan, {"a": OUT}) == ended
+        assert scheduler.commit(plan, [OUT]) == ended
         scheduler.check()
 
 
@@ -210,10 +210,10 @@ def test_one_ahead_drops_the_step_after_a_stop_and_holds_its_pages_until_then() 
     scheduler = make(eos_ids=[2])
     seq = scheduler.add(request("a", 4))
     first, second = scheduler.schedule(), scheduler.schedule()
-    assert scheduler.commit(first, {"a": 2}) == [seq] and seq.finish == "stop"
+    assert scheduler.commit(first, [2]) == [seq] and seq.finish == "stop"
     assert scheduler.pool.used == 2 and scheduler.schedule() is None and scheduler.has_work
     scheduler.check()
-    assert scheduler.commit(second, {}) == []
+    assert scheduler.commit(second, [OUT]) == []
     assert scheduler.pool.used == 0 and seq.tokens[4:] == [2] and not scheduler.has_work
     assert scheduler.generation_tokens == 1
 
@@ -232,9 +232,9 @@ def test_abort_frees_at_once_or_with_the_last_step_in_flight() -> None:
     later = scheduler.schedule()
     assert again.slot == 1
     scheduler.check()
-    scheduler.commit(plan, {})
+    scheduler.discard(plan)
     assert scheduler.pool.used == 1
-    scheduler.commit(later, {"a": OUT})
+    scheduler.commit(later, [OUT])
     assert again.num_output == 1
     drain(scheduler)
 
@@ -254,10 +254,10 @@ def test_a_sequence_preempted_in_flight_keeps_its_token_and_waits_for_its_pages(
     assert scheduler.preempt("a") and not scheduler.preempt("a") and not scheduler.preempt("b")
     assert scheduler.schedule() is None and scheduler.reasons() == {"a": Reason.IN_FLIGHT}
     scheduler.check()
-    assert scheduler.commit(plan, {"a": OUT}) == [] and seq.tokens[8:] == [OUT] and scheduler.pool.used == 0
+    assert scheduler.commit(plan, [OUT]) == [] and seq.tokens[8:] == [OUT] and scheduler.pool.used == 0
     plan = scheduler.schedule()
     assert work(plan) == [("a", 8, 1, True)] and plan.admitted == [seq] and plan.preempted == ["a"]
-    scheduler.commit(plan, {"a": OUT})
+    scheduler.commit(plan, [OUT])
     drain(scheduler)
     assert seq.num_output == 5
 
@@ -266,7 +266,6 @@ def test_pages_on_their_way_back_do_not_preempt_more() -> None:
     scheduler = make(pages=7)
     for name in "abc":
         scheduler.add(request(name, 4, max_tokens=12))
-    out = dict.fromkeys("abc", OUT)
     for _ in range(4):
         step(scheduler)  # 7 tokens are computed, 6 of 6 pages held
     plan = scheduler.schedule()
@@ -275,10 +274,10 @@ def test_pages_on_their_way_back_do_not_preempt_more() -> None:
     assert scheduler.preemptions == 1 and scheduler.running == 2
     assert scheduler.reasons() == {"a": Reason.NO_PAGES, "b": Reason.NO_PAGES, "c": Reason.NO_PAGES}
     scheduler.check()
-    scheduler.commit(plan, out)
+    scheduler.commit(plan, [OUT] * len(plan.sampling))
     plan = scheduler.schedule()
     assert work(plan) == [("a", 8, 1, True), ("b", 8, 1, True)] and plan.preempted == ["c"]
-    scheduler.commit(plan, out)
+    scheduler.commit(plan, [OUT] * len(plan.sampling))
     drain(scheduler)
 
 
@@ -323,7 +322,7 @@ def test_plans_are_committed_in_order() -> None:
     scheduler.schedule()
     second = scheduler.schedule()
     with pytest.raises(ValueError, match="out of order"):
-        scheduler.commit(second, {"a": OUT})
+        scheduler.commit(second, [OUT])
 
 
 def test_aborted_requests_behind_a_waiting_head_are_forgotten() -> None:
@@ -369,7 +368,7 @@ def test_same_inputs_same_plans() -> None:
                             [e.seq.slot for e in plan.entries], plan.preempted))
             if plans and (plan is None or len(plans) > 1):
                 done = plans.pop(0)
-                scheduler.commit(done, {e.seq.request_id: rng.randrange(20) for e in done.entries})
+                scheduler.commit(done, [rng.randrange(20) for _ in done.sampling])
         assert scheduler.preemptions > 20 and scheduler.prefix_hits > 100
         return log
 

@@ -29,17 +29,22 @@ class Device:
         self.page_size = page_size
         self.memory: dict[int, tuple[int, ...]] = {}  # address: the prefix whose last token was written there
         self.tokens: dict[Sequence, list[int]] = {}
+        self.tables: dict[Sequence, list[int]] = {}
         self.queue: deque[tuple[StepPlan, list[list[int]]]] = deque()
 
     def launch(self, plan: StepPlan) -> None:
         for seq in plan.admitted:
             self.tokens.setdefault(seq, list(seq.tokens))
-        self.queue.append((plan, [list(entry.seq.block_table) for entry in plan.entries]))
+        for seq in [*plan.admitted, *plan.grown]:
+            self.tables[seq] = list(seq.block_table)
+        tables = [self.tables[entry.seq] for entry in plan.entries]
+        assert tables == [entry.seq.block_table for entry in plan.entries], "a block table changed and the plan does not say so"
+        self.queue.append((plan, tables))
 
-    def run(self, choose) -> dict[str, int]:
-        """Execute the oldest launched plan; returns the sampled tokens of all its entries by request id."""
+    def run(self, choose) -> list[int]:
+        """Execute the oldest launched plan; returns the sampled tokens of all its entries that sample."""
         plan, tables = self.queue.popleft()
-        size, sampled = self.page_size, {}
+        size, sampled = self.page_size, []
         for entry, table in zip(plan.entries, tables, strict=True):  # all of a layer's writes come before its reads
             known = self.tokens[entry.seq]
             end = entry.start + entry.count
@@ -54,14 +59,14 @@ class Device:
                 assert read == tuple(known[: position + 1]), f"position {position} is read as {read}"
             assert entry.samples == (end == len(known))
             if entry.samples:
-                sampled[entry.seq.request_id] = choose()
-                known.append(sampled[entry.seq.request_id])
+                sampled.append(choose())
+                known.append(sampled[-1])
         return sampled
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(pages=st.integers(2, 40), size=st.integers(1, 3), seqs=st.integers(1, 5), spare=st.integers(0, 8),
-                depth=st.integers(1, 3), cache=st.booleans())
+                depth=st.integers(1, 5), cache=st.booleans())
     def build(self, pages: int, size: int, seqs: int, spare: int, depth: int, cache: bool) -> None:
         """depth: plans in flight at most; 1 is the synchronous engine, 2 is one step ahead."""
         self.limits = Limits(seqs, seqs + spare, 30)
@@ -69,7 +74,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.device = Device(size)
         self.depth = depth
         self.flights: deque[StepPlan] = deque()
-        self.results: deque[dict[str, int]] = deque()
+        self.results: deque[list[int]] = deque()
         self.live: dict[str, Sequence] = {}
         self.noise = 1
         self.names = 0
@@ -122,7 +127,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not self.results:
             self.results.append(self.device.run(self.choose))
         plan, sampled = self.flights.popleft(), self.results.popleft()
-        sampled = {name: token for name, token in sampled.items() if name in self.live}
         ended = self.scheduler.commit(plan, sampled)
         for seq in ended:
             output = seq.tokens[seq.num_prompt :]
