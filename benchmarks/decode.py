@@ -4,8 +4,11 @@
 
 Seeded random weights; every sequence has a prompt of 128 random ids. step = (time of 257 new tokens - time of 1) / 256, the
 best of --rounds, through the engine's own loop: scheduling, launching and reading tokens included. gpu_ms is the decode graph
-alone, replayed back to back at the middle of that context; gap is what the host adds to it. limit is weights and KV cache
-read once at the copy bandwidth measured in the same run. Written to benchmarks/results/<gpu>/decode.json.
+alone, replayed back to back at the middle of that context; gap is what step has beyond it: the host, and the first steps, in
+which some sequences are decoded while others' prompts are computed. idle is the host alone: the share of the time between two
+steps, by events on the device, in the steps that decode the whole batch; host_us is what the engine's thread did in each of
+these. limit is weights and KV cache read once at the copy bandwidth measured in the same run. Written to
+benchmarks/results/<gpu>/decode.json.
 
 --deterministic measures engines with `deterministic: true` and, for comparison, without: a row has the step of the former, of
 the latter (default_step_ms), and times, their ratio. Written to deterministic.json. There is no decode graph to time alone.
@@ -27,6 +30,7 @@ from benchmarks.report import write_report
 from benchmarks.timing import copy_bandwidth, replay_us
 from model_core.engine.graph_runner import GraphRunner
 from model_core.engine.graphs import fitting
+from model_core.engine.records import StepRecord
 
 PROMPT, NEW = 128, 257
 
@@ -48,9 +52,19 @@ def measure(timed: TimedEngine, batch: int, rounds: int, peak: float) -> dict[st
     return {
         "dtype": engine.info.dtype, "batch": batch, "step_ms": round(step_ms, 4),
         "tokens_per_second": round(1e3 * batch / step_ms, 1),
-        "gpu_ms": gpu_ms and round(gpu_ms, 4), "gap": gpu_ms and round(1 - gpu_ms / step_ms, 4), "limit_ms": round(limit_ms, 4),
+        "gpu_ms": gpu_ms and round(gpu_ms, 4), "gap": gpu_ms and round(1 - gpu_ms / step_ms, 4),
+        **between_steps(engine.records.last(NEW), batch), "limit_ms": round(limit_ms, 4),
         "share_of_limit": round(limit_ms / step_ms, 3),
     }  # fmt: skip
+
+
+def between_steps(records: list[StepRecord], batch: int) -> dict[str, float | None]:
+    """idle and host_us of the steps that decode the whole batch and nothing else; None if there is none."""
+    full = [record for record in records if record.decodes == batch and not record.prefill_tokens]
+    idle, busy = sum(record.idle_us for record in full), sum(record.gpu_us for record in full)
+    host = [record.schedule_us + record.launch_us + record.emit_us for record in full]
+    return {"idle": round(idle / (idle + busy), 4) if busy else None,
+            "host_us": round(sum(host) / len(host), 1) if host else None}  # fmt: skip
 
 
 def graph_ms(runner: GraphRunner, batch: int) -> float:
@@ -122,10 +136,11 @@ def main() -> None:
         else:
             rows += measure_all(shape, options, peak, deterministic=False)
         release()
-    print("model            batch   step ms     tok/s   graph ms    gap   share of limit")
+    print("model            batch   step ms     tok/s   graph ms    gap   idle  host us   share of limit")
     for row in rows:
         print("{model:15}{batch:7}{step_ms:10.3f}{tokens_per_second:10.0f}".format(**row),
-              f"{row['gpu_ms'] or 0:10.3f}{row['gap'] or 0:7.1%}{row['share_of_limit']:12.0%}")
+              f"{row['gpu_ms'] or 0:10.3f}{row['gap'] or 0:7.1%}{row['idle'] or 0:7.2%}{row['host_us'] or 0:9.0f}",
+              f"{row['share_of_limit']:12.0%}")
     print(write_report("deterministic" if options.deterministic else "decode", rows, out=options.out))
 
 

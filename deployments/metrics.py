@@ -26,6 +26,8 @@ _COUNTERS = {
     "prefix_queries": "Prompt tokens looked up in the prefix cache.",
     "prefix_hits": "Prompt tokens found in it.",
     "preemptions": "Sequences put back to waiting for lack of pages.",
+    "gpu_busy_s": "Seconds that steps took on the GPU.",
+    "gpu_idle_s": "Seconds between steps in which the GPU waited for the host.",
 }
 
 
@@ -38,7 +40,7 @@ class EngineMetrics:
         self._counters = {name: Counter(f"mini_llm_{name}", text, ("model",)) for name, text in _COUNTERS.items()}
         for metric in [*self._gauges.values(), *self._counters.values()]:
             metric.set_default_tags(tags)
-        self._seen = dict.fromkeys(_COUNTERS, 0)
+        self._seen: dict[str, float] = dict.fromkeys(_COUNTERS, 0)
 
     def report(self, stats: EngineStats) -> None:
         for name, gauge in self._gauges.items():

@@ -139,6 +139,8 @@ _COUNTERS = (
     ("vllm:prefix_cache_hits", "Prompt tokens found there.", lambda s: s.prefix_hits),
     ("vllm:num_preemptions", "Sequences put back to waiting for lack of pages.", lambda s: s.preemptions),
     ("mini_llm:engine_steps", "Engine steps.", lambda s: s.steps),
+    ("mini_llm:gpu_busy_seconds", "Time that steps took on the GPU.", lambda s: s.gpu_busy_s),
+    ("mini_llm:gpu_idle_seconds", "Time between steps in which the GPU waited for the host.", lambda s: s.gpu_idle_s),
 )
 
 

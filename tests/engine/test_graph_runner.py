@@ -10,6 +10,7 @@ import torch
 from benchmarks.random_model import write_model
 from model_core.dispatch.ops import Ops
 from model_core.dispatch.tiles import StepTiles
+from model_core.engine.clock import MOST_AHEAD
 from model_core.engine.config import EngineConfig
 from model_core.engine.engine import Engine
 from model_core.engine.graph_runner import GraphRunner
@@ -34,8 +35,9 @@ def folder(tmp_path_factory):
     return write_model("tiny", tmp_path_factory.mktemp("model") / "tiny", dtype=torch.float32)
 
 
-def run(folder, requests, *, tiles=None, abort=None, warm_up=True, **config):
-    """Token ids by request, and the engine's statistics. tiles: of a GraphRunner for all buckets; None: the plain runner."""
+def run(folder, requests, *, tiles=None, abort=None, warm_up=True, ahead=1, **config):
+    """Token ids by request, and the engine's statistics. tiles: of a GraphRunner for all buckets; None: the plain runner.
+    ahead: steps in flight at most when a GraphRunner launches one, as on a GPU, wherever this runs."""
     config = {"dtype": "float32", "kv_cache_bytes": 1 << 20, "max_seqs": 4, "device": DEVICE, "cuda_graphs": False} | config
     engine = Engine.load(folder, EngineConfig(**config))
     parts = engine.parts
@@ -45,7 +47,7 @@ def run(folder, requests, *, tiles=None, abort=None, warm_up=True, **config):
                                    tiles=tiles, split=SplitTiles(32, 16, 4, 1))  # fmt: skip
         if warm_up:
             parts.runner.warm_up(parts.limits.max_batch_tokens)
-        engine._most_ahead = 1  # as on a GPU, wherever this runs
+        engine._most_ahead = ahead
     parts.runner.kv.poison(1e30)  # the dump page too
     tokens, finishes, logprobs, done = {}, {}, {}, threading.Event()
 
@@ -82,6 +84,17 @@ def test_greedy_tokens_are_the_plain_runners(folder, tiles):
     expected = run(folder, requests)
     actual = run(folder, requests, tiles={1: ROWS, 2: tiles, 4: tiles})
     assert actual[:2] == expected[:2]
+
+
+def test_tokens_do_not_depend_on_the_steps_in_flight(folder):
+    """As many as the rings of buffers are made for; one sequence stops in the middle of them."""
+    stop = run(folder, ask(temperature=0.0, max_tokens=9))[0]["r1"][2]
+    params = [dict(max_tokens=9, ignore_eos=True), dict(max_tokens=9, ignore_eos=True, stop_ids=(stop,))]
+    requests = [Request(f"r{i}", PROMPTS[i], SamplingParams(temperature=0.0, **params[i])) for i in range(2)]
+    expected = run(folder, requests)
+    assert expected[1] == {"r0": "length", "r1": "stop"} and len(expected[0]["r1"]) == 3
+    for ahead in (1, MOST_AHEAD) if GPU else (MOST_AHEAD,):
+        assert run(folder, requests, tiles={2: TILES, 4: TILES}, warm_up=GPU, ahead=ahead)[:2] == expected[:2]
 
 
 @only_gpu
