@@ -1,5 +1,5 @@
 """Weights through staging buffers: the same bits as from the mapped file, wherever chunks end; errors name the file. The pinned
-buffers and the side stream of a GPU are ordinary memory and no stream here; tests/engine/test_cuda.py has the rest."""
+buffers and the side stream of a GPU are ordinary memory and no stream here, but for the test that needs one."""
 
 from __future__ import annotations
 
@@ -157,6 +157,25 @@ def test_a_tied_head_that_differs_is_refused_as_before(make, tmp_path):
     folder = model.save(tmp_path)
     with pytest.raises(CheckpointError, match="config ties 'lm_head.weight'"):
         streamed(folder, torch.float32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("chunk", [1000, 1 << 16, 4 << 20])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu_the_bits_are_the_mapped_files_though_others_compute(make, stored, chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "CHUNK", chunk)
+    model = make("qwen2", hidden_size=720, intermediate_size=2000, vocab_size=5000)
+    model.tensors = {name: tensor.to(stored) for name, tensor in model.tensors.items()}
+    checkpoint = open_checkpoint(model.save(tmp_path))
+    wanted = load_parameters(checkpoint, dtype=torch.bfloat16, device="cpu")
+    found = Parameters.empty(checkpoint.config, dtype=torch.bfloat16, device="cuda")
+    for tensor in found.tensors():
+        tensor.zero_()
+    busy = torch.randn(4096, 4096, device="cuda")
+    for _ in range(20):  # copies on the side stream must not wait for the default one, nor it for them
+        busy = busy @ busy
+    fill(targets_of(checkpoint.config, found), checkpoint)
+    assert [tuple(a.shape) for a, b in zip(found.tensors(), wanted.tensors(), strict=True) if not torch.equal(a.cpu(), b)] == []
 
 
 # --- errors
