@@ -49,7 +49,7 @@ class StepPlan:
     """One step: a token of each sequence of `decodes`, and chunks of prompts.
 
     decodes: each computes its token at starts[i] and samples. They are kept as two lists and not as `Scheduled`, of which a
-        step of 256 decodes would make 256 (40 us).
+        step of 256 decodes would make 256 (64 us).
     admitted: sequences that got a slot in this step, for the first time or again: the runner sets up slot state.
     grown: decodes that got a page in this step; all other block tables are as they were in the plan before, or admitted.
     preempted: ids of the sequences that lost their pages since the plan before.

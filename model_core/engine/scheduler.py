@@ -17,7 +17,7 @@ Policy
 - Hence the first running sequence always advances, and as no request is accepted that the whole pool could not hold,
   every admitted sequence ends.
 
-One step ahead. `schedule` may be called again before the plans before it are committed, so that the host works
+Steps ahead. `schedule` may be called again before the plans before it are committed, so that the host works
 while the device does. The token that a step in flight will sample is then counted in `total` but not known;
 max_tokens is, so no step is scheduled past it. A step that was scheduled past a stop is computed and its result
 dropped. Pages and slot of a sequence that left are released when the last plan that uses them is committed. A page
