@@ -48,7 +48,6 @@ class Case:
         self.space.limit.fill_(torch.nan)
         logits = self.logits.clone()
         restrict(logits, self.rows, self.state, self.space, pdl=self.pdl)
-        assert (self.space.found == 0).all()
         return logits, self.space.limit[:, None].clone()
 
     def check(self):
@@ -158,7 +157,6 @@ def test_the_references_give_the_same_tokens(device):
 
 @pytest.mark.skipif(not GPU, reason="the interpreter has no races")
 def test_the_same_bits_every_time(device):
-    """Candidates are gathered in any order."""
     changes = [dict(top_k=50, top_p=0.9), dict(top_p=0.9), dict(top_p=0.99, temperature=2.0), dict(min_p=0.1)]
     case = Case(asking(*changes * 32), noise(128, 32000, 2**-10), device)
     logits, limits = case.restrict()

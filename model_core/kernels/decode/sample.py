@@ -17,11 +17,11 @@ from model_core.kernels.runtime import cdiv, jit, tl
 
 _SPLITS = 16
 COLUMNS, CANDIDATES = 2048, 4096  # of restrict.py: maxima of a row that is cut, and what it may keep outside the row
-SAMPLE_BYTES = 4 * (COLUMNS + CANDIDATES + 2 * _SPLITS + 3)  # of a row of SampleSpace
+SAMPLE_BYTES = 4 * (COLUMNS + CANDIDATES + 2 * _SPLITS + 2)  # of a row of SampleSpace
 _RULES, _PENALTIES = tl.constexpr(RULES), tl.constexpr(PENALTIES)
 
 
-@jit
+@jit(do_not_specialize_on_alignment=["rows_ptr"])  # a prefill graph's lies between other arrays
 def _kernel(
     logits_ptr, best_ptr, where_ptr, arrived_ptr, rows_ptr, token_ptr, position_ptr, temperature_ptr, seed_ptr, out_ptr,
     limit_ptr, rules_ptr, counts_ptr, dump, V: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr,
@@ -83,7 +83,7 @@ def _kernel(
 
 
 class SampleSpace:
-    """Workspace for `rows` rows; `arrived` and `found` are zero between launches. `limit`: -inf for rows that are not cut."""
+    """Workspace for `rows` rows; `arrived` is zero between launches. `limit`: -inf for rows that are not cut."""
 
     def __init__(self, rows: int, device: torch.device | str) -> None:
         self.best = torch.empty((rows, _SPLITS), dtype=torch.float32, device=device)
@@ -92,7 +92,6 @@ class SampleSpace:
         self.limit = torch.full((rows,), -torch.inf, dtype=torch.float32, device=device)
         self.columns = torch.empty((rows, COLUMNS), dtype=torch.float32, device=device)
         self.candidates = torch.empty((rows, CANDIDATES), dtype=torch.float32, device=device)
-        self.found = torch.zeros(rows, dtype=torch.int32, device=device)
 
 
 def sample(
