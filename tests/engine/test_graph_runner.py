@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     return write_model("tiny", tmp_path_factory.mktemp("model") / "tiny", dtype=torch.float32)
 
 
-def run(folder, requests, *, tiles=None, abort=None, warm_up=True, ahead=1, **config):
+def run(folder, requests, *, tiles=None, abort=None, preempt=None, warm_up=True, ahead=1, **config):
     """Token ids by request, and the engine's statistics. tiles: of a GraphRunner for all buckets; None: the plain runner.
     ahead: steps in flight at most when a GraphRunner launches one, as on a GPU, wherever this runs."""
     config = {"dtype": "float32", "kv_cache_bytes": 1 << 20, "max_seqs": 4, "device": DEVICE, "cuda_graphs": False} | config
@@ -59,6 +59,8 @@ def run(folder, requests, *, tiles=None, abort=None, warm_up=True, ahead=1, **co
                 finishes[event.request_id] = event.finish
             if abort == event.request_id and len(tokens[abort]) == 3:
                 engine.abort(abort)
+            if preempt == event.request_id and len(tokens[preempt]) in (2, 4):
+                parts.scheduler.preempt(preempt)
         if len(finishes) == len(requests):
             done.set()
 
@@ -125,15 +127,14 @@ def test_seeded_and_every_other_way_of_sampling(folder, monkeypatch):
     assert len(got) == 3 and all(abs(a.logprob - b.logprob) < 1e-4 for a, b in zip(got, wanted, strict=True))
 
 
-@only_gpu
 def test_a_preempted_sequence_keeps_its_counts_and_cuts(folder):
-    """It comes back into another slot, which may have been one of a request with other wishes."""
-    requests = ask(temperature=0.9, seed=5, top_k=30, top_p=0.95, repetition_penalty=1.3, frequency_penalty=0.4, min_tokens=30)
-    requests.append(Request("plain", PROMPTS[1], SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)))
-    page = 16 * 2 * 2 * 2 * 16 * 4
+    """Whatever it has said so far is counted when it comes back, and its stop id is still too early."""
+    wishes = dict(temperature=0.9, seed=5, top_k=5, top_p=0.95, presence_penalty=2.0, min_tokens=30 if GPU else 6,
+                  stop_ids=(3,), logit_bias=dict.fromkeys((3, 4, 5, 6, 7, 8, 9), 9.0))  # fmt: skip
+    requests = [Request("r0", PROMPTS[0], SamplingParams(max_tokens=40 if GPU else 6, ignore_eos=True, **wishes))]
     expected = run(folder, requests)
-    actual = run(folder, requests, tiles={1: TILES, 4: TILES}, max_batch_tokens=13, kv_cache_bytes=10 * page)
-    assert actual[3].preemptions > 0 and actual[0] == expected[0]
+    actual = run(folder, requests, tiles={1: TILES}, preempt="r0", warm_up=GPU, max_seqs=1)
+    assert actual[3].preemptions == 2 and actual[0] == expected[0]
 
 
 @only_gpu
