@@ -1,25 +1,19 @@
-"""How each product of a decode step is computed for a number of rows: by which kernel, with which tiles.
+"""How each product of a decode step is computed for a number of rows: by which kernel, with which tiles; how attention divides
+contexts; and how much shared memory all of them prefer (kernels/decode/partition.py).
 
-One row: every kernel streams its weights through registers ("rows"). Up to 32: weights in registers, tensor cores. Up to 64:
-tiles in shared memory for the narrow products. Above: cuBLAS with a small kernel behind it. The tiles below were measured on an
-H100 for hidden sizes 2048 and 4096 (microseconds of a chain of 22 or 8 layers, PDL on, 2026-11-25):
+One row: every kernel streams its weights through registers ("rows"). Up to 16: weights in registers, tensor cores. Beyond, on
+Hopper: weights through shared memory by TMA; elsewhere tiles of the compiler's own pipeline. Where it is faster: cuBLAS with a
+small kernel behind it. A kernel's time depends on its neighbours (a tile that is fastest alone can cost Llama-2-7B a third of
+a step), so the first candidates below are what made whole steps fastest on an H100, one choice after the other
+(2026-11-25, context 257, microseconds of a step of all 22 or of 8 layers):
 
-    TinyLlama-1.1B    qkv    o  gate_up  down   head      Llama-2-7B   qkv    o  gate_up  down   head
-    limit             3.5  2.8     15.2   7.6   43.3                  33.2 11.1     59.5  29.8   86.5
-    1 row, rows       4.4  4.0     15.9   9.0   45.6                  33.8 13.5     58.3  30.6   85.7
-    1 row, cuBLAS     7.0  6.5     18.4  12.8   52.6                  37.5 16.7     71.5  36.0  100.5
-    8, registers      5.4  4.6     17.8  10.6   48.7                  37.5 14.0     61.4  32.3   91.3
-    8, shared         8.3  6.2     18.7  11.2   48.9                  37.7 15.1     66.1  35.7   93.9
-    8, cuBLAS         7.0  6.5     18.6  12.8   53.3                  37.0 16.9     72.1  36.5  102.4
-    32, registers     8.3  7.5     20.4  14.5   56.8                  43.9 17.3     74.5  37.4  104.6
-    32, shared       10.3  6.0     22.3  11.0   52.7                  45.2 15.1     72.6  34.5   99.8
-    32, cuBLAS        7.2  6.7     19.2  13.4   54.2                  39.5 15.4     68.3  38.2  101.7
-    64, shared       10.7  7.5     23.6  11.9   55.0                  44.7 18.1     75.2  36.6  102.5
-    64, cuBLAS        7.3  6.8     19.5  13.8   54.9                  39.1 16.3     73.0  38.8  101.6
-    128, shared      15.6  9.5     23.6  17.0   62.3                  55.8 22.4     85.3  43.4  110.3
-    128, cuBLAS       7.8  6.9     21.8  14.1   61.8                  40.4 16.4     73.6  41.3  106.8
+    rows                          1      8     16     32     64    128    256
+    TinyLlama-1.1B              848    949  1,073  1,158  1,446  1,689  2,154
+      driver's shared memory    927  1,028  1,256  1,210  1,472  1,702  2,154
+      cuBLAS for the products            1,150  1,210
+    Llama-2-7B, 8 layers      1,217  1,392         1,779  2,238  3,083
 
-cuBLAS needs a kernel behind each product, the others do not. `mini-llm dispatch MODEL --all` shows what was measured here.
+`mini-llm dispatch MODEL --all` shows what was measured here.
 """
 
 from __future__ import annotations
@@ -30,28 +24,33 @@ from typing import Literal
 import torch
 
 from model_core.kernels.decode.attention import SplitTiles
+from model_core.kernels.decode.partition import DRIVERS_CHOICE
 from model_core.kernels.decode.products import RowTiles
 from model_core.kernels.decode.registers import RegisterTiles
+from model_core.kernels.decode.streaming import StreamTiles
 from model_core.kernels.decode.tiles import TensorTiles
 from model_core.model.config import ModelConfig
 
 Library = Literal["library"]
-Choice = RowTiles | RegisterTiles | TensorTiles | Library
+Choice = RowTiles | RegisterTiles | StreamTiles | TensorTiles | Library
 PRODUCTS = ("qkv", "o", "gate_up", "down", "head")
 MOST_ROWS = 1  # that the plain row kernels take: with two the tensor cores are as fast
-MOST_IN_REGISTERS = 32
+MOST_IN_REGISTERS = 16
 MOST_IN_SHARED = 64
 
 
 @dataclass(frozen=True)
 class StepTiles:
-    """One choice per product, for steps of one bucket of rows: RowTiles for all, or for none."""
+    """One choice per product, for steps of one bucket of rows: RowTiles for all, or for none. shared: percent of a
+    multiprocessor's memory that the step's kernels prefer as shared memory, -1 is the driver's choice for each."""
 
     qkv: Choice
     o: Choice
     gate_up: Choice
     down: Choice
     head: Choice
+    attention: SplitTiles
+    shared: int = DRIVERS_CHOICE
 
     def __post_init__(self) -> None:
         assert len({isinstance(getattr(self, op), RowTiles) for op in PRODUCTS}) == 1, self
@@ -77,57 +76,149 @@ def fits(config: ModelConfig, op: str, choice: Choice) -> bool:
     assert not isinstance(choice, str)
     rows, width = product_shape(config, op)
     each = choice.rows
-    if op in ("qkv", "gate_up") and not isinstance(choice, TensorTiles):
+    if isinstance(choice, StreamTiles):
+        if op == "qkv":
+            return each == config.head_dim and each % 64 == 0 and choice.divides(width)
+        if each % 64 and op != "gate_up":
+            return False
+    elif op in ("qkv", "gate_up") and not isinstance(choice, TensorTiles):
         each //= 2  # they count both rows of a pair
     if each < 1 or rows % each or (op == "qkv" and config.head_dim // 2 % each):
         return False
-    if isinstance(choice, RegisterTiles):
-        return choice.divides(width)
-    return not (op == "head" and isinstance(choice, TensorTiles) and choice.splits > 1)
+    if isinstance(choice, RegisterTiles | StreamTiles) and not choice.divides(width):
+        return False
+    return not (op == "head" and isinstance(choice, TensorTiles | StreamTiles) and choice.splits > 1)
+
+
+def has_wgmma() -> bool:
+    """Whether the GPU has the instructions of kernels/decode/streaming.py (Hopper's, which its successors have not)."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 def candidates(config: ModelConfig, op: str, rows: int, dtype: torch.dtype) -> list[Choice]:
     """What may compute a product for `rows` rows, the likeliest first; the last always fits. float32 has no tensor cores here
     (tf32 would be less): beyond one row it is cuBLAS's."""
     wide = config.hidden_size >= 4096
-    found: list[Choice] = []
     if rows <= MOST_ROWS:
-        found += {
-            "qkv": [RowTiles(8, 2048, 2), RowTiles(2, 1024, 4), RowTiles(4, 1024, 2)],
-            "o": [RowTiles(4, 2048, 8) if wide else RowTiles(4, 512, 8), RowTiles(2, 2048, 4), RowTiles(2, 1024, 4)],
-            "gate_up": [RowTiles(2, 1024, 8) if wide else RowTiles(2, 1024, 4), RowTiles(2, 512, 4)],
-            "down": [RowTiles(2, 2048, 4) if wide else RowTiles(2, 2048, 8), RowTiles(2, 1024, 4)],
-            "head": [RowTiles(1, 2048, 4) if wide else RowTiles(2, 2048, 8), RowTiles(1, 1024, 2)],
-        }[op]  # fmt: skip
         smallest = RowTiles(2 if op in ("qkv", "gate_up") else 1, 1024, 4)
-        return [choice for choice in found if fits(config, op, choice)] + [smallest]
+        return [choice for choice in _in_rows(op, wide) if fits(config, op, choice)] + [smallest]
     if dtype == torch.float32:
         return ["library"]
-    if rows <= MOST_IN_REGISTERS and (rows <= 16 or (not wide and op in ("qkv", "gate_up"))):
-        found += {
-            "qkv": [RegisterTiles(32, 64, 4, 4)] * wide + [RegisterTiles(16, 64, 8, 4), RegisterTiles(16, 64, 4, 4)],
-            "o": [RegisterTiles(16, 256, 2, 4)] * (rows <= 16) + [RegisterTiles(16, 128, 4, 4), RegisterTiles(16, 64, 8, 4)],
-            "gate_up": [RegisterTiles(16, 128, 4, 2 if wide else 4)] * (rows <= 8)
-            + [RegisterTiles(32, 128, 1, 4)] * (rows <= 16) + [RegisterTiles(16, 64, 4, 2)],
-            "down": [RegisterTiles(16, 64, 8, 4)] * wide + [RegisterTiles(16, 128, 4, 4), RegisterTiles(16, 64, 8, 4)],
-            "head": [RegisterTiles(16, 64, 8, 4 if rows <= 8 else 2), RegisterTiles(16, 128, 4, 2)],
+    found: list[Choice] = []
+    if rows <= MOST_IN_REGISTERS:
+        found += _in_registers(op, rows, wide)
+    if has_wgmma() and rows <= 128:
+        found = _with_streams(found, op, rows, wide)
+    elif rows <= MOST_IN_SHARED and op in ("o", "down", "head"):
+        found += _in_shared(op, rows, wide)
+    return [choice for choice in dict.fromkeys([*found, "library"]) if fits(config, op, choice)]
+
+
+def _in_rows(op: str, wide: bool) -> list[Choice]:
+    if wide:
+        return {
+            "qkv": [RowTiles(2, 2048, 8), RowTiles(4, 2048, 8), RowTiles(4, 1024, 2)],
+            "o": [RowTiles(2, 2048, 4), RowTiles(4, 2048, 8), RowTiles(8, 2048, 4)],
+            "gate_up": [RowTiles(2, 1024, 8), RowTiles(2, 2048, 4), RowTiles(2, 1024, 4)],
+            "down": [RowTiles(2, 2048, 4), RowTiles(4, 1024, 4), RowTiles(2, 1024, 4)],
+            "head": [RowTiles(1, 4096, 8), RowTiles(1, 2048, 4), RowTiles(2, 2048, 8)],
         }[op]  # fmt: skip
-        found += [RegisterTiles(16, chunk, depth, warps) for warps in (4, 2, 1) for chunk in (64, 32) for depth in (4, 2, 1)]
-    if rows <= MOST_IN_SHARED and op in ("o", "down", "head"):
-        splits = 1 if op == "head" else 2 if wide or (op == "o" and rows > 32) else 4
-        sizes, chunk = ((128, 64, 32, 16), 64) if op == "head" else ((64, 32, 16), 128)
-        found += [TensorTiles(size, chunk, splits, 4, 5) for size in sizes]
-    return [choice for choice in found if fits(config, op, choice)] + ["library"]
+    return {
+        "qkv": [RowTiles(8, 2048, 2), RowTiles(4, 2048, 8), RowTiles(4, 1024, 2)],
+        "o": [RowTiles(8, 2048, 4), RowTiles(4, 2048, 8), RowTiles(2, 2048, 4), RowTiles(4, 512, 8)],
+        "gate_up": [RowTiles(8, 2048, 8), RowTiles(2, 1024, 4), RowTiles(2, 2048, 4)],
+        "down": [RowTiles(2, 2048, 8), RowTiles(4, 1024, 4), RowTiles(2, 1024, 4)],
+        "head": [RowTiles(2, 2048, 8), RowTiles(1, 2048, 4), RowTiles(1, 1024, 2)],
+    }[op]  # fmt: skip
+
+
+def _in_registers(op: str, rows: int, wide: bool) -> list[Choice]:
+    likeliest: list[Choice] = {
+        "qkv": [RegisterTiles(32, 64, 4, 4)] * wide + [RegisterTiles(16, 64, 8, 4)],
+        "o": [RegisterTiles(16, 256, 2, 4), RegisterTiles(16, 128, 4, 4)],
+        "gate_up": [RegisterTiles(16, 128, 4, 2 if wide else 4)] * (rows <= 8) + [RegisterTiles(32, 128, 1, 4)],
+        "down": [RegisterTiles(16, 64, 8, 4)] * wide + [RegisterTiles(16, 128, 4, 4), RegisterTiles(16, 64, 8, 4)],
+        "head": [RegisterTiles(16, 64, 8, 4 if rows <= 8 else 2), RegisterTiles(16, 128, 4, 2)],
+    }[op]  # fmt: skip
+    return [*likeliest, *(RegisterTiles(16, chunk, depth, 4) for chunk in (64, 32) for depth in (4, 2, 1))]
+
+
+def _with_streams(found: list[Choice], op: str, rows: int, wide: bool) -> list[Choice]:
+    """`found` and the stream tiles, in the order of what whole steps preferred."""
+    chosen: dict[str, list[Choice]]
+    if rows <= 16:
+        chosen = {
+            "qkv": [StreamTiles(128, 1, 4, 4)] if wide else [StreamTiles(64, 2, 4, 6)],
+            "o": [StreamTiles(64, 2, 4, 4)],
+            "gate_up": [StreamTiles(64, 1, 4, 4), StreamTiles(32, 1, 4, 6)],
+            "down": [StreamTiles(64, 2, 4, 6)] if wide else [StreamTiles(64, 3, 4, 6)],
+            "head": [StreamTiles(64, 1, 4, 3)],
+        }
+        first = (op == "qkv" and wide) or (op == "head" and not wide) or (op == "gate_up" and rows > 8 and not wide)
+        return chosen[op] + found if first else found[:1] + chosen[op] + found[1:]
+    splits = 2 if wide else 4
+    if rows <= 32:
+        chosen = {
+            "qkv": [StreamTiles(128, 1, 4, 6), StreamTiles(128, 1, 4, 4), StreamTiles(64, 3, 4, 4), StreamTiles(64, 2, 4, 6)],
+            "o": [StreamTiles(64, splits, 4, 6), StreamTiles(64, 2, 4, 4), TensorTiles(64, 128, splits, 4, 5)],
+            "gate_up": [StreamTiles(64, 1, 4, 4 if wide else 6), StreamTiles(32, 1, 4, 6), StreamTiles(64, 1, 4, 3)],
+            "down": [StreamTiles(64, splits, 4, 6), StreamTiles(64, 3, 4, 6), TensorTiles(64, 128, splits, 4, 5)],
+            "head": [StreamTiles(128, 1, 8, 6 if wide else 4), StreamTiles(64, 1, 4, 4)],
+        }
+    elif rows <= 64:
+        chosen = {
+            "qkv": [StreamTiles(128, 1, 4, 6), "library"] if wide else ["library"],
+            "o": ["library", StreamTiles(64, 4, 4, 6), TensorTiles(64, 128, 2, 4, 5)],
+            "gate_up": [StreamTiles(128, 1, 8, 3) if wide else StreamTiles(64, 1, 4, 6), StreamTiles(64, 1, 4, 4),
+                        StreamTiles(32, 1, 4, 6)],
+            "down": [TensorTiles(64, 128, splits, 4, 5), StreamTiles(64, 4, 4, 6)],
+            "head": [StreamTiles(64, 1, 4, 4) if wide else StreamTiles(128, 1, 8, 3)],
+        }  # fmt: skip
+    else:
+        chosen = {
+            "qkv": ["library"],
+            "o": ["library"],
+            "gate_up": [StreamTiles(128, 1, 8, 3) if wide else StreamTiles(64, 1, 8, 4)],
+            "down": [StreamTiles(64, 2, 8, 6)] if wide else ["library", StreamTiles(64, 4, 8, 6)],
+            "head": [StreamTiles(64, 1, 8, 3)],
+        }
+    return chosen[op]
+
+
+def _in_shared(op: str, rows: int, wide: bool) -> list[Choice]:
+    splits = 1 if op == "head" else 2 if wide or (op == "o" and rows > 32) else 4
+    sizes, chunk = ((128, 64, 32, 16), 64) if op == "head" else ((64, 32, 16), 128)
+    return [TensorTiles(size, chunk, splits, 4, 5) for size in sizes]
+
+
+def attention_candidates(config: ModelConfig, rows: int) -> list[SplitTiles]:
+    """How attention may divide contexts, the likeliest first. Few rows gain from keys that are asked for before the launch's
+    wait, many from small programs."""
+    if not has_wgmma():
+        keys = 64 if config.head_dim <= 128 else 32
+        return [SplitTiles(512, 128, 4, 3) if config.head_dim <= 64 else SplitTiles(128, keys, 4, 2)]
+    if config.head_dim <= 64:
+        if rows <= 32:
+            return [SplitTiles(512, 64, 8, 3, 512), SplitTiles(512, 128, 4, 5, 256), SplitTiles(512, 128, 4, 5)]
+        pair = [SplitTiles(512, 64, 2, 7), SplitTiles(512, 32, 1, 7)]
+        return [*(pair if rows <= 64 else pair[::-1]), SplitTiles(512, 128, 4, 5)]
+    if config.head_dim <= 128:
+        if rows == 1:
+            return [SplitTiles(128, 64, 8, 1, 128), SplitTiles(256, 64, 8, 5, 256), SplitTiles(128, 64, 4, 2)]
+        return [SplitTiles(512, 32, 4, 5, 64), SplitTiles(512, 32, 4, 7), SplitTiles(512, 32, 4, 5), SplitTiles(128, 64, 4, 2)]
+    return [SplitTiles(128, 32, 4, 2)]
+
+
+def shared_candidates(config: ModelConfig, rows: int) -> list[int]:
+    """Percents of a multiprocessor's memory as shared memory, the likeliest first."""
+    if not has_wgmma():
+        return [DRIVERS_CHOICE]
+    wide, narrow = 0 if rows == 1 else 50 if rows <= 16 else 75, 25 if rows <= 32 else 75
+    likeliest = wide if config.hidden_size >= 4096 else narrow
+    return list(dict.fromkeys([likeliest, 25, 50, 75, 100 if rows > 16 else 0, DRIVERS_CHOICE]))
 
 
 def default_tiles(config: ModelConfig, rows: int, dtype: torch.dtype) -> StepTiles:
     """What an uncalibrated engine runs."""
-    return StepTiles(**{op: candidates(config, op, rows, dtype)[0] for op in PRODUCTS})
-
-
-def default_split(config: ModelConfig) -> SplitTiles:
-    """One for all batches: a row's sums must not depend on its batch. Few wide heads gain from many programs, many narrow
-    ones from none (H100, 257 keys, microseconds for 1, 8, 64 and 256 rows: TinyLlama 7.2, 7.2, 12.5, 34; 7B 8.5, 21, 107)."""
-    if config.head_dim <= 64:
-        return SplitTiles(512, 128, 4, 3)
-    return SplitTiles(128, 64, 4, 2) if config.head_dim <= 128 else SplitTiles(128, 32, 4, 2)
+    products = {op: candidates(config, op, rows, dtype)[0] for op in PRODUCTS}
+    return StepTiles(**products, attention=attention_candidates(config, rows)[0], shared=shared_candidates(config, rows)[0])

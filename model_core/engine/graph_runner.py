@@ -18,7 +18,7 @@ from model_core.dispatch.compile import WORKER_BYTES, compile_ahead, cores
 from model_core.dispatch.measured import Measured, explain_row, with_products
 from model_core.dispatch.ops import Ops
 from model_core.dispatch.store import Mode, digest, facts, measured_choices
-from model_core.dispatch.tiles import PRODUCTS, StepTiles, default_split, default_tiles
+from model_core.dispatch.tiles import PRODUCTS, StepTiles, default_tiles
 from model_core.engine.clock import MOST_AHEAD, Clock
 from model_core.engine.graphs import PREFILL_SEQS, DecodeGraphs, GraphPool, PrefillGraphs, fitting, row_buckets, token_buckets
 from model_core.engine.memory import available_host_memory
@@ -30,7 +30,6 @@ from model_core.engine.sampler import Sampled, Sampler, divisor
 from model_core.engine.sequence import Sequence
 from model_core.engine.startup import Timed, untimed
 from model_core.engine.tables import BlockTables
-from model_core.kernels.decode.attention import SplitTiles
 from model_core.kernels.decode.state import DecodeState
 from model_core.model.batch import blocks_of
 from model_core.model.decode import DecodeChain, why_unsupported
@@ -47,8 +46,8 @@ class GraphRunner:
     """
 
     def __init__(self, model: Llama, ops: Ops, kv: KVCache, limits: Limits, page_size: int, device: torch.device, *,
-                 pdl: bool = True, capture_at_start: bool = False, tiles: dict[int, StepTiles] | None = None,
-                 split: SplitTiles | None = None) -> None:  # fmt: skip
+                 pdl: bool = True, capture_at_start: bool = False,
+                 tiles: dict[int, StepTiles] | None = None) -> None:  # fmt: skip
         self.model, self.kv, self.page_size, self.device = model, kv, page_size, device
         self.capture_at_start, self.ops, self._pin = capture_at_start, ops, device.type == "cuda"
         self.sampler = Sampler(limits.max_seqs, model.config.vocab_size, device)
@@ -65,8 +64,7 @@ class GraphRunner:
         if self.why_unfused is None:
             config = model.config
             tiles = tiles or {rows: default_tiles(config, rows, model.dtype) for rows in row_buckets(limits.max_seqs)}
-            split = split or default_split(config)
-            chain = DecodeChain(model, kv, self.state, limits.max_seqs, split, pdl=None if pdl else False)
+            chain = DecodeChain(model, kv, self.state, limits.max_seqs, pdl=None if pdl else False)
             self.decodes = DecodeGraphs(chain, tiles, limits.max_context, pool)
         seqs = PREFILL_SEQS if self.decodes else limits.max_seqs
         self.prefills = PrefillGraphs(model, ops, kv, self.state, token_buckets(limits.max_batch_tokens), pool, seqs=seqs)
@@ -227,8 +225,7 @@ class GraphRunner:
             for (_, tiles), rows in chosen.items()
         ]
         jobs.append(partial(_prefill_once, self.model, self.ops, self.kv, self.state, self.prefills.buckets[0]))
-        known = [facts(decodes.chain, decodes.buckets), [str(one) for one in chosen], self.max_pages, self.ops.overrides,
-                 str(decodes.chain.split)]  # fmt: skip
+        known = [facts(decodes.chain, decodes.buckets), [str(one) for one in chosen], self.max_pages, self.ops.overrides]
         compile_ahead(jobs, _workers(), stamp=digest(known))
 
     def warm_up(self, max_tokens: int, timed: Timed = untimed) -> None:

@@ -17,6 +17,7 @@ import torch
 from model_core.dispatch.ops import Ops
 from model_core.dispatch.tiles import StepTiles
 from model_core.engine.packed import Packed
+from model_core.kernels.decode.partition import DRIVERS_CHOICE, prefer_shared
 from model_core.kernels.decode.restrict import restrict
 from model_core.kernels.decode.sample import SampleSpace, sample
 from model_core.kernels.decode.state import DecodeState
@@ -50,8 +51,9 @@ class GraphPool:
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream()
 
-    def capture(self, work: Callable[[], None]) -> Replay:
-        """`work` as a graph. It runs once before: what it compiles and allocates for good is then there."""
+    def capture(self, work: Callable[[], None], shared: int = DRIVERS_CHOICE) -> Replay:
+        """`work` as a graph. It runs once before: what it compiles and allocates for good is then there. shared: see
+        kernels/decode/partition.py."""
         if not self._cuda:
             return Eager(work)
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -60,7 +62,8 @@ class GraphPool:
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # thread_local: other threads of the process (transport, metrics) may call CUDA meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        with (prefer_shared(shared),
+              torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")):  # fmt: skip
             work()
         return graph
 
@@ -106,7 +109,7 @@ class DecodeGraphs:
         if key not in self._graphs:
             slots = self.rows[:rows].clone()
             self.rows[:rows] = self.chain.state.dump  # the run before the capture must not advance anybody
-            self._graphs[key] = self.pool.capture(lambda: self.compute(rows, longest))
+            self._graphs[key] = self.pool.capture(lambda: self.compute(rows, longest), self.tiles[rows].shared)
             self.rows[:rows] = slots
         return self._graphs[key]
 

@@ -16,11 +16,14 @@ from model_core.kernels.decode.registers import RegisterTiles
 from model_core.kernels.decode.restrict import restrict
 from model_core.kernels.decode.sample import SampleSpace, sample
 from model_core.kernels.decode.state import DecodeState
+from model_core.kernels.decode.streaming import StreamTiles
 from model_core.kernels.decode.tiles import Stream, TensorTiles, TileSpace
 from model_core.kernels.linear import Linear
 from model_core.model.config import ModelConfig
 from model_core.model.kv import KVCache
 from model_core.model.llama import Llama
+
+TILES = TensorTiles | RegisterTiles | StreamTiles
 
 
 class DecodeChain:
@@ -30,11 +33,11 @@ class DecodeChain:
     pdl: chain launches (programmatic dependent launch, Hopper): a kernel's start overlaps the end of the one before.
     """
 
-    def __init__(self, model: Llama, kv: KVCache, state: DecodeState, rows: int, split: SplitTiles, *,
-                 pdl: bool | None = None) -> None:  # fmt: skip
+    def __init__(self, model: Llama, kv: KVCache, state: DecodeState, rows: int, *,
+                 pdl: bool | None = None) -> None:
         config, device = model.config, model.embed.device
         assert (reason := why_unsupported(config, model.dtype)) is None, reason
-        self.model, self.kv, self.state, self.split = model, kv, state, split
+        self.model, self.kv, self.state = model, kv, state
         self.pdl = chains_launches(device) if pdl is None else pdl
 
         def buffer(*shape: int, dtype: torch.dtype = model.dtype) -> torch.Tensor:
@@ -55,88 +58,89 @@ class DecodeChain:
         floats, counters = self.space.part.numel(), self.space.arrived.numel()
         for op in PRODUCTS:
             choice = getattr(tiles, op)
-            if isinstance(choice, TensorTiles):
+            if isinstance(choice, TensorTiles | StreamTiles):
                 size, _ = product_shape(self.model.config, op)
-                need = TileSpace.needs(size, rows, choice, pair=op in ("qkv", "gate_up"))
+                pair = op == "gate_up" or (op == "qkv" and isinstance(choice, TensorTiles))
+                need = TileSpace.needs(2 * size if op == "qkv" and not pair else size, rows, choice, pair=pair)
                 floats, counters = max(floats, need[0]), max(counters, need[1])
         if (floats, counters) != (self.space.part.numel(), self.space.arrived.numel()):
             self.space = TileSpace(floats, counters, self.space.part.device)
 
-    def launch(self, rows: torch.Tensor, out: torch.Tensor, tiles: StepTiles, *, longest: int) -> None:
+    def launch(self, rows: torch.Tensor, out: torch.Tensor, tiles: StepTiles, *, longest: int,
+               layers: int | None = None) -> None:  # fmt: skip
         """Compute the last tokens of slots `rows` (int64 [M]) and sample the next into `out` (int64 [M]).
 
-        longest: bound of every slot's context. Afterwards `logits` [:M] holds what was sampled from.
+        longest: bound of every slot's context. layers: only the first ones, for calibration. Afterwards `logits` [:M] holds
+        what was sampled from.
         """
         count = rows.shape[0]
-        (self._in_rows if tiles.in_rows else self._in_stream)(rows, tiles, longest)
+        (self._in_rows if tiles.in_rows else self._in_stream)(rows, tiles, longest, layers)
         restrict(self.logits[:count], rows, self.state, self.samples, pdl=self.pdl)
         sample(self.logits[:count], rows, self.state, out, self.samples, pdl=self.pdl)
 
-    def _attend(self, layer: int, rows: torch.Tensor, longest: int) -> torch.Tensor:
+    def _attend(self, layer: int, rows: torch.Tensor, tiles: SplitTiles, longest: int) -> torch.Tensor:
         count, config = rows.shape[0], self.model.config
         k_cache, v_cache = self.kv.layer(layer)
         out = self.attended[:count]
         attention(self.q[:count], k_cache, v_cache, out.view(count, config.num_heads, -1), rows, self.state, self.splits,
-                  scale=self.model.scale, window=config.sliding_window, longest=longest, tiles=self.split,
+                  scale=self.model.scale, window=config.sliding_window, longest=longest, tiles=tiles,
                   pdl=self.pdl)  # fmt: skip
         return out
 
-    def _in_rows(self, rows: torch.Tensor, tiles: StepTiles, longest: int) -> None:
+    def _in_rows(self, rows: torch.Tensor, tiles: StepTiles, longest: int, layers: int | None) -> None:
         model, state, pdl, eps, m = self.model, self.state, self.pdl, self.model.config.rms_eps, rows.shape[0]
         residual, inner, q = self.stream.residual[:m], self.inner[:m], self.q[:m]
         t = {op: getattr(tiles, op) for op in PRODUCTS}
-        for index, layer in enumerate(model.layers):
+        for index, layer in enumerate(model.layers[:layers]):
             first = index == 0
             source = model.embed if first else residual
             qkv(source, layer.attn_norm, _weight(layer.qkv), layer.qkv.bias, model.cos_sin, rows, state,
                 *self.kv.layer(index), q, eps=eps, tiles=t["qkv"], embed=first, pdl=pdl)  # fmt: skip
-            attended = self._attend(index, rows, longest)
+            attended = self._attend(index, rows, tiles.attention, longest)
             project(attended, _weight(layer.o), source, residual, rows, state.last_token, tiles=t["o"], embed=first, pdl=pdl)
             gate_up(residual, layer.mlp_norm, _weight(layer.gate_up), inner, eps=eps, tiles=t["gate_up"], pdl=pdl)
             project(inner, _weight(layer.down), residual, residual, rows, state.last_token, tiles=t["down"], embed=False,
                     pdl=pdl)  # fmt: skip
         head(residual, model.final_norm, _weight(model.head), self.logits[:m], eps=eps, tiles=t["head"], pdl=pdl)
 
-    def _in_stream(self, rows: torch.Tensor, tiles: StepTiles, longest: int) -> None:
+    def _in_stream(self, rows: torch.Tensor, tiles: StepTiles, longest: int, layers: int | None) -> None:
         model, m = self.model, rows.shape[0]
         norms = [layer.attn_norm for layer in model.layers[1:]] + [model.final_norm]
         embed(model.embed, model.layers[0].attn_norm, rows, self.state.last_token, self.stream, pdl=self.pdl)
-        for index, layer in enumerate(model.layers):
-            self.compute_qkv(index, rows, tiles.qkv)
-            attended = self._attend(index, rows, longest)
-            self.compute_project(attended, layer.o, layer.mlp_norm, tiles.o)
-            self.compute_gate_up(index, m, tiles.gate_up)
-            self.compute_project(self.inner[:m], layer.down, norms[index], tiles.down)
-        self.compute_head(m, tiles.head)
+        for index, layer in enumerate(model.layers[:layers]):
+            self._qkv(index, rows, tiles.qkv)
+            attended = self._attend(index, rows, tiles.attention, longest)
+            self._project(attended, layer.o, layer.mlp_norm, tiles.o)
+            self._gate_up(index, m, tiles.gate_up)
+            self._project(self.inner[:m], layer.down, norms[index], tiles.down)
+        self._head(m, tiles.head)
 
-    # One product each, of the stream as it stands: calibration times these.
-
-    def compute_qkv(self, index: int, rows: torch.Tensor, choice: object) -> None:
+    def _qkv(self, index: int, rows: torch.Tensor, choice: object) -> None:
         model, layer, m, config = self.model, self.model.layers[index], rows.shape[0], self.model.config
         weight, caches, q = _weight(layer.qkv), self.kv.layer(index), self.q[:m]
         common = (weight, layer.qkv.bias, model.cos_sin, rows, self.state, *caches)
-        if isinstance(choice, TensorTiles | RegisterTiles):
+        if isinstance(choice, TILES):
             qkv_tiles(self.stream, *common, q, eps=config.rms_eps, tiles=choice, pdl=self.pdl, space=self.space)
         else:
             qkv_library(self.stream, *common, self._product(m, len(weight)), q, eps=config.rms_eps, pdl=self.pdl)
 
-    def compute_project(self, x: torch.Tensor, linear: Linear, gain: torch.Tensor, choice: object) -> None:
+    def _project(self, x: torch.Tensor, linear: Linear, gain: torch.Tensor, choice: object) -> None:
         weight = _weight(linear)
-        if isinstance(choice, TensorTiles | RegisterTiles):
+        if isinstance(choice, TILES):
             project_tiles(x, weight, gain, self.stream, tiles=choice, pdl=self.pdl, space=self.space)
         else:
             project_library(x, weight, gain, self.stream, self._product(x.shape[0], len(weight)), pdl=self.pdl)
 
-    def compute_gate_up(self, index: int, m: int, choice: object) -> None:
+    def _gate_up(self, index: int, m: int, choice: object) -> None:
         weight, eps, out = _weight(self.model.layers[index].gate_up), self.model.config.rms_eps, self.inner[:m]
-        if isinstance(choice, TensorTiles | RegisterTiles):
+        if isinstance(choice, TILES):
             gate_up_tiles(self.stream, weight, out, eps=eps, tiles=choice, pdl=self.pdl, space=self.space)
         else:
             gate_up_library(self.stream, weight, self._product(m, len(weight)), out, eps=eps, pdl=self.pdl)
 
-    def compute_head(self, m: int, choice: object) -> None:
+    def _head(self, m: int, choice: object) -> None:
         weight, eps, logits = _weight(self.model.head), self.model.config.rms_eps, self.logits[:m]
-        if isinstance(choice, TensorTiles | RegisterTiles):
+        if isinstance(choice, TILES):
             head_tiles(self.stream, weight, logits, eps=eps, tiles=choice, pdl=self.pdl)
         else:
             head_library(self.stream, weight, self._product(m, weight.shape[1]), logits, eps=eps, pdl=self.pdl)

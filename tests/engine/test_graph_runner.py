@@ -22,10 +22,12 @@ from model_core.kernels.decode.tiles import TensorTiles
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 only_gpu = pytest.mark.skipif(not GPU, reason="a minute in the interpreter; the scheduler's tests cover the plans on a CPU")
-ROWS = StepTiles(RowTiles(16, 64, 4), RowTiles(32, 64, 4), RowTiles(64, 64, 4), RowTiles(32, 64, 4), RowTiles(128, 64, 4))
+SPLIT = SplitTiles(32, 16, 4, 1)
+ROWS = StepTiles(RowTiles(16, 64, 4), RowTiles(32, 64, 4), RowTiles(64, 64, 4), RowTiles(32, 64, 4), RowTiles(128, 64, 4),
+                 SPLIT)  # fmt: skip
 TILES = StepTiles(TensorTiles(8, 32, 2, 4, 2), TensorTiles(32, 32, 1, 4, 2), TensorTiles(64, 32, 1, 4, 2),
-                  TensorTiles(32, 32, 2, 4, 2), TensorTiles(128, 32, 1, 4, 2))  # fmt: skip
-LIBRARY = StepTiles(*["library"] * 5)
+                  TensorTiles(32, 32, 2, 4, 2), TensorTiles(128, 32, 1, 4, 2), SPLIT)  # fmt: skip
+LIBRARY = StepTiles("library", "library", "library", "library", "library", SPLIT)
 PROMPTS = [[(7 * place * place + 31 * row + place) % 500 for place in range(length)]
            for row, length in enumerate([1, 17, 40 if GPU else 12])]  # fmt: skip
 
@@ -44,7 +46,7 @@ def run(folder, requests, *, tiles=None, abort=None, preempt=None, warm_up=True,
     if tiles is not None:
         ops = Ops(parts.device, overrides={"default": "triton"})
         parts.runner = GraphRunner(parts.runner.model, ops, parts.runner.kv, parts.limits, 16, parts.device,
-                                   tiles=tiles, split=SplitTiles(32, 16, 4, 1))  # fmt: skip
+                                   tiles=tiles)
         if warm_up:
             parts.runner.warm_up(parts.limits.max_batch_tokens)
         engine._most_ahead = ahead

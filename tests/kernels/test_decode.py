@@ -16,6 +16,7 @@ from model_core.kernels.decode.qkv import qkv, qkv_library, qkv_tiles, qkv_torch
 from model_core.kernels.decode.registers import RegisterTiles
 from model_core.kernels.decode.sample import SampleSpace, sample, sample_torch
 from model_core.kernels.decode.state import DecodeState
+from model_core.kernels.decode.streaming import StreamTiles
 from model_core.kernels.decode.tiles import Stream, TensorTiles, TileSpace
 
 GPU = torch.cuda.is_available()
@@ -54,7 +55,7 @@ class Case:
         self.random = random
         self.fill()
         self.q = random(3, heads, dim)
-        self.space = TileSpace(200_000, 1000, device)
+        self.space = TileSpace(400_000, 1000, device)
 
     def fill(self):
         """Keys and values up to each slot's position; what lies behind stays NaN."""
@@ -65,7 +66,7 @@ class Case:
                 cache[page, n % PAGE] = self.random(len(n), self.kv_heads, self.dim)
 
     def stream(self, x, dtype=None):
-        stream = Stream(5, self.hidden, dtype or x.dtype, x.device)
+        stream = Stream(max(5, len(x)), self.hidden, dtype or x.dtype, x.device)
         write_stream_torch(x.float(), self.gain, stream)
         return stream
 
@@ -81,11 +82,11 @@ class Case:
             close(cache[written], want[written], bound(q.dtype))
 
 
-def check_streams(close, actual, exact, multiple):
-    close(actual.residual[:3], exact.residual[:3], multiple)
-    close(actual.scaled[:3], exact.scaled[:3], multiple + 1)
-    squares = [stream.squares[: stream.parts, :3].sum(0) for stream in (actual, exact)]
-    wide = actual.residual[:3].float().square().sum(-1)  # the squares of what was stored
+def check_streams(close, actual, exact, multiple, count=3):
+    close(actual.residual[:count], exact.residual[:count], multiple)
+    close(actual.scaled[:count], exact.scaled[:count], multiple + 1)
+    squares = [stream.squares[: stream.parts, :count].sum(0) for stream in (actual, exact)]
+    wide = actual.residual[:count].float().square().sum(-1)  # the squares of what was stored
     assert torch.allclose(squares[0], wide, rtol=1e-5) and torch.allclose(*squares, rtol=0.02)
 
 
@@ -142,6 +143,48 @@ def test_products_in_registers(device, close, kind, tiles):
     assert (logits - exact).abs().max() <= bound(dtype) * torch.finfo(dtype).eps * exact.abs().max()
 
 
+@pytest.mark.skipif(not GPU or torch.cuda.get_device_capability()[0] != 9, reason="wgmma is Hopper's")
+@pytest.mark.parametrize("tiles", [StreamTiles(64, 1, 4, 2), StreamTiles(64, 4, 4, 1), StreamTiles(64, 2, 4, 2)])
+@pytest.mark.parametrize("count", [3, 20, 128])
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_products_in_a_stream(device, close, kind, count, tiles):
+    """Batches whose rows are three rows over and over: slots then write the same key twice, with the same bits."""
+    dtype, case = kind, Case(kind, device, hidden=256, heads=4, dim=64, inner=256)
+    tiles = replace(tiles, warps=8 if count > 64 else 4)
+    again = torch.arange(count, device=device) % 3
+    for bias in (None, case.bias):
+        rows = case.rows[again]
+        q = torch.empty(count, *case.q.shape[1:], dtype=dtype, device=device)
+        expected = torch.empty(3, *case.q.shape[1:], device=device)
+        caches, wanted = (case.k.clone(), case.v.clone()), (case.k.float(), case.v.float())
+        qkv_tiles(case.stream(case.x[again]), case.w_qkv, bias, case.cos_sin, rows, case.state, *caches, q, eps=EPS,
+                  tiles=tiles, pdl=case.pdl, space=case.space)  # fmt: skip
+        inputs = (case.x, case.gain, case.w_qkv, bias, case.cos_sin, case.rows)
+        qkv_torch(*inputs, case.state, *wanted, expected, eps=EPS, embed=False)
+        close(q, expected[again], bound(dtype))
+        for cache, want in zip(caches, wanted, strict=True):
+            written = ~torch.isnan(want)
+            assert torch.equal(torch.isnan(cache), ~written)
+            close(cache[written], want[written], bound(dtype))
+    x = case.q.flatten(1)[again]
+    streams = [case.stream(case.x[again]), case.stream(case.x[again], torch.float32)]
+    project_tiles(x, case.w_o, case.gain, streams[0], tiles=tiles, pdl=case.pdl, space=case.space)
+    project_tiles_torch(x, case.w_o, case.gain, streams[1])
+    check_streams(close, *streams, bound(dtype), count)
+    out = torch.empty(count, case.inner, dtype=dtype, device=device)
+    expected = torch.empty_like(out, dtype=torch.float32)
+    gate_up_torch(case.x[again], case.gain, case.w_gate_up, expected, eps=EPS)
+    for rows_of_half in (64, 32):
+        gate_up_tiles(case.stream(case.x[again]), case.w_gate_up, out, eps=EPS, tiles=replace(tiles, rows=rows_of_half),
+                      pdl=case.pdl, space=case.space)  # fmt: skip
+        close(out, expected, bound(dtype))
+    logits, exact = (torch.empty(count, 256, device=device) for _ in range(2))
+    head_tiles(case.stream(case.x[again]), case.w_head[:256], logits, eps=EPS, tiles=replace(tiles, splits=1), pdl=case.pdl)
+    head_torch(case.x[again], case.gain, case.w_head[:256], exact, eps=EPS)
+    assert (logits - exact).abs().max() <= bound(dtype) * torch.finfo(dtype).eps * exact.abs().max()
+    assert (case.space.arrived == 0).all()
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_qkv_by_the_library(case, close, bias):
     inputs = (case.x, case.gain, case.w_qkv, case.bias if bias else None, case.cos_sin, case.rows)
@@ -152,7 +195,9 @@ def test_qkv_by_the_library(case, close, bias):
 
 
 @pytest.mark.parametrize("window", [None, 50])
-@pytest.mark.parametrize("tiles", [SplitTiles(64, 16, 4, 1), SplitTiles(32, 32, 2, 2)], ids=["64", "32"])
+@pytest.mark.parametrize("tiles", [SplitTiles(64, 16, 4, 1), SplitTiles(32, 32, 2, 2), SplitTiles(64, 16, 4, 1, 32),
+                                   SplitTiles(256, 16, 4, 1, 256)],
+                         ids=["64", "32", "early", "all early"])
 @pytest.mark.parametrize("heads,kv_heads", [(4, 2), (3, 3), (8, 1)])
 def test_attention(device, dtype, close, window, tiles, heads, kv_heads):
     case = Case(dtype, device, heads=heads, kv_heads=kv_heads)
@@ -172,7 +217,7 @@ def test_attention_over_more_keys_than_the_splits_hold(device, dtype, close):
     case.fill()
     space = SplitSpace.empty(3, case.heads, case.kv_heads, case.dim, device)
     out, expected = torch.empty_like(case.q), torch.empty_like(case.q, dtype=torch.float32)
-    tiles = SplitTiles(16, 16, 4, 1)
+    tiles = SplitTiles(16, 16, 4, 1, 16)
     attention(case.q, case.k, case.v, out, case.rows, case.state, space, scale=0.2, window=None, longest=CONTEXT, tiles=tiles,
               pdl=case.pdl)  # fmt: skip
     attention_torch(case.q, case.k, case.v, expected, case.rows, case.state, scale=0.2, window=None)

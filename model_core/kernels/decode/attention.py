@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model_core.kernels.decode.products import follow, launch_options
+from model_core.kernels.decode.products import announce, launch_options, wait
 from model_core.kernels.decode.state import DecodeState
 from model_core.kernels.runtime import cdiv, jit, next_power_of_2, tl
 
@@ -27,12 +27,15 @@ _LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True)
 class SplitTiles:
-    """split: keys per program, doubled and more where a context would need over MAX_SPLITS; keys: keys per loop turn."""
+    """split: keys per program, doubled and more where a context would need over MAX_SPLITS; keys: keys per loop turn; stages of
+    the loop's pipeline (each turn takes two: page numbers, then keys and values); first: keys that are asked for before the
+    launch's wait, before the loop."""
 
     split: int
     keys: int
     warps: int
     stages: int
+    first: int = 0
 
 
 @jit
@@ -41,10 +44,11 @@ def _kernel(
     table_row, k_page, k_slot, k_head, v_page, v_slot, v_head,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_ROWS: tl.constexpr,
     PAGE: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, FIRST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = HEADS // KV_HEADS
     kv_head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    announce(PDL)
     # Slots and positions were written by an earlier replay or copy, not by this chain: they may be read before the wait.
     slot = tl.load(rows_ptr + row)
     context = tl.load(position_ptr + slot) + 1
@@ -52,21 +56,47 @@ def _kernel(
     first = lowest // BLOCK_N * BLOCK_N
     size = SPLIT * tl.cdiv(context - first, SPLIT * SPLITS)
     used = tl.cdiv(context - first, size)
-    follow(PDL)
+    begin = first + split * size
+    end = tl.minimum(begin + size, context)
+    d = tl.arange(0, BLOCK_D)
+    k_ptr += kv_head * k_head
+    v_ptr += kv_head * v_head
+    table_ptr += slot * table_row
+    newest = context - 1
+    if FIRST > 0:  # keys and values of earlier steps, too, may be read before the wait; the newest one's may not
+        early = begin + tl.arange(0, FIRST)
+        known = (early >= lowest) & (early < end) & (early < newest)
+        pages = tl.load(table_ptr + early // PAGE, mask=known, other=0).to(tl.int64)
+        k0 = tl.load(k_ptr + (pages * k_page + (early % PAGE) * k_slot)[None, :] + d[:, None],
+                     mask=known[None, :] & (d < D)[:, None], other=0.0)  # fmt: skip
+        v0 = tl.load(v_ptr + (pages * v_page + (early % PAGE) * v_slot)[:, None] + d[None, :],
+                     mask=known[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
+        last_page = tl.load(table_ptr + newest // PAGE).to(tl.int64)
+    wait(PDL)
     if split < used:
         g = tl.arange(0, GROUP_ROWS)
-        d = tl.arange(0, BLOCK_D)
         mask = (g < GROUP)[:, None] & (d < D)[None, :]
         at = (row * HEADS + kv_head * GROUP + g)[:, None] * D + d[None, :]
         q = tl.load(q_ptr + at, mask=mask, other=0.0)
         acc = tl.zeros([GROUP_ROWS, BLOCK_D], tl.float32)
         top = tl.full([GROUP_ROWS], float("-inf"), tl.float32)
         norm = tl.zeros([GROUP_ROWS], tl.float32)
-        begin = first + split * size
-        end = tl.minimum(begin + size, context)
-        k_ptr += kv_head * k_head
-        v_ptr += kv_head * v_head
-        table_ptr += slot * table_row
+        if FIRST > 0:
+            here = (newest >= begin) & (newest < tl.minimum(begin + FIRST, end))
+            k1 = tl.load(k_ptr + last_page * k_page + (newest % PAGE) * k_slot + d, mask=here & (d < D), other=0.0)
+            v1 = tl.load(v_ptr + last_page * v_page + (newest % PAGE) * v_slot + d, mask=here & (d < D), other=0.0)
+            score = tl.sum(q.to(tl.float32) * k1.to(tl.float32)[None, :], axis=1)
+            score = tl.where(here, score, float("-inf"))
+            scores0 = tl.dot(q, k0, input_precision="ieee")
+            scores0 = tl.where(known[None, :], scores0, float("-inf"))
+            top = tl.maximum(score, tl.max(scores0, axis=1))
+            base0 = tl.where(top == float("-inf"), 0.0, top)
+            weights0 = tl.exp2(tl.fma(scores0, qk_scale, -(base0 * qk_scale)[:, None]))
+            weight = tl.exp2((score - base0) * qk_scale)
+            norm = weight + tl.sum(weights0, axis=1)
+            acc = weight[:, None] * v1.to(tl.float32)[None, :]
+            acc = tl.dot(weights0.to(v0.dtype), v0, acc, input_precision="ieee")
+            begin += FIRST
         for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
             n = start + tl.arange(0, BLOCK_N)
             present = (n >= lowest) & (n < end)
@@ -147,13 +177,13 @@ def attention(
     kv_heads, page_size = k_cache.shape[2], k_cache.shape[1]
     visible = min(longest, window + tiles.keys) if window else longest
     group = heads // kv_heads
-    assert count <= space.part.shape[0] and tiles.split % tiles.keys == 0
+    assert count <= space.part.shape[0] and tiles.split % tiles.keys == 0 and tiles.first <= tiles.split
     _kernel[(kv_heads, min(MAX_SPLITS, cdiv(visible, tiles.split)), count)](
         q, k_cache, v_cache, out, space.part, space.stat, space.arrived, rows, state.position, state.block_tables,
         scale * _LOG2_E, state.block_tables.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], HEADS=heads,
         KV_HEADS=kv_heads, D=dim, BLOCK_D=max(16, next_power_of_2(dim)), GROUP_ROWS=max(16, next_power_of_2(group)),
         PAGE=page_size, SPLIT=tiles.split, SPLITS=MAX_SPLITS, BLOCK_N=tiles.keys, WINDOW=window or 0, STAGES=tiles.stages,
-        PDL=pdl, num_warps=tiles.warps, **launch_options(pdl))  # fmt: skip
+        FIRST=tiles.first, PDL=pdl, num_warps=tiles.warps, **launch_options(pdl))  # fmt: skip
 
 
 def attention_torch(

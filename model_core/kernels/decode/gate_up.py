@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from model_core.kernels.decode import registers
+from model_core.kernels.decode import registers, streaming
 from model_core.kernels.decode.products import RowTiles, dot_rows, follow, launch_options, load_rows, load_x
 from model_core.kernels.decode.tiles import (
     Stream,
@@ -20,9 +20,9 @@ from model_core.kernels.decode.tiles import (
     norm_factor,
     tile_product,
 )
-from model_core.kernels.runtime import cdiv, jit, tl
+from model_core.kernels.runtime import cdiv, jit, next_power_of_2, tl
 
-AnyTiles = TensorTiles | registers.RegisterTiles
+AnyTiles = TensorTiles | registers.RegisterTiles | streaming.StreamTiles
 
 @jit
 def _kernel(
@@ -103,8 +103,14 @@ def gate_up_tiles(
     assert weight.is_contiguous() and out.is_contiguous()
     common = dict(M=count, INNER=inner, K=size, PARTS=stream.parts, ROWS=stream.rows, PDL=pdl,
                   **tiles.options(count, **launch_options(pdl)))  # fmt: skip
+    if not isinstance(tiles, TensorTiles):
+        common["ALL"] = next_power_of_2(stream.parts)
     if isinstance(tiles, registers.RegisterTiles):
         registers.gate_up_kernel[tiles.grid(2 * inner, count)](stream.scaled, stream.squares, weight, out, eps, **common)
+    elif isinstance(tiles, streaming.StreamTiles):
+        w_desc, x_desc = streaming.descriptors(weight, stream.scaled[:count], tiles)
+        streaming.gate_up_kernel[tiles.grid(inner, count)](
+            x_desc, stream.squares, w_desc, out, space.part, space.arrived, eps, **common)  # fmt: skip
     else:
         _tile_kernel[tiles.grid(inner, count)](
             stream.scaled, stream.squares, weight, out, space.part, space.arrived, eps, **common)  # fmt: skip

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from model_core.kernels.decode import registers
+from model_core.kernels.decode import registers, streaming
 from model_core.kernels.decode.products import RowTiles, dot_rows, follow, launch_options, load_rows, load_x
 from model_core.kernels.decode.tiles import Stream, TensorTiles, fetch_ahead, norm_factor, tile_product
-from model_core.kernels.runtime import cdiv, jit, tl
+from model_core.kernels.runtime import cdiv, jit, next_power_of_2, tl
 
-AnyTiles = TensorTiles | registers.RegisterTiles
+AnyTiles = TensorTiles | registers.RegisterTiles | streaming.StreamTiles
 
 @jit
 def _kernel(
@@ -75,9 +77,15 @@ def head_tiles(
     count = logits.shape[0]
     assert weight.is_contiguous() and logits.is_contiguous() and getattr(tiles, "splits", 1) == 1
     kernel = registers.head_kernel if isinstance(tiles, registers.RegisterTiles) else _tile_kernel
+    x: Any = stream.scaled
+    w: Any = weight
+    if isinstance(tiles, streaming.StreamTiles):
+        kernel = streaming.head_kernel
+        w, x = streaming.descriptors(weight, stream.scaled[:count], tiles)
+    more = {} if isinstance(tiles, TensorTiles) else {"ALL": next_power_of_2(stream.parts)}
     kernel[tiles.grid(size, count)](
-        stream.scaled, stream.squares, weight, logits, eps, M=count, N=size, K=width, PARTS=stream.parts, ROWS=stream.rows,
-        PDL=pdl, **tiles.options(count, **launch_options(pdl)))  # fmt: skip
+        x, stream.squares, w, logits, eps, M=count, N=size, K=width, PARTS=stream.parts, ROWS=stream.rows,
+        PDL=pdl, **more, **tiles.options(count, **launch_options(pdl)))  # fmt: skip
 
 
 def head_library(

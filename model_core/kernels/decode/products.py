@@ -59,8 +59,21 @@ def load_rows(w_ptr, row, K: tl.constexpr, BK: tl.constexpr, CHUNKS: tl.constexp
 @jit
 def follow(PDL: tl.constexpr):
     """Let the next kernel start its preamble, then wait until the one before has ended and its writes are visible."""
+    announce(PDL)
+    wait(PDL)
+
+
+@jit
+def announce(PDL: tl.constexpr):
+    """The first half of `follow`, for a kernel whose own preamble takes long."""
     if PDL:
         gdc_launch_dependents()
+
+
+@jit
+def wait(PDL: tl.constexpr):
+    """The second half of `follow`."""
+    if PDL:
         gdc_wait()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from model_core.kernels.decode import registers
+from model_core.kernels.decode import registers, streaming
 from model_core.kernels.decode.embed import write_stream_torch
 from model_core.kernels.decode.products import RowTiles, dot_rows, follow, launch_options, load_rows, load_x
 from model_core.kernels.decode.tiles import (
@@ -20,7 +20,7 @@ from model_core.kernels.decode.tiles import (
 )
 from model_core.kernels.runtime import cdiv, jit, tl
 
-AnyTiles = TensorTiles | registers.RegisterTiles
+AnyTiles = TensorTiles | registers.RegisterTiles | streaming.StreamTiles
 
 @jit
 def _kernel(
@@ -99,6 +99,10 @@ def project_tiles(
     buffers = (x, weight, gain, stream.residual, stream.scaled, stream.squares)
     if isinstance(tiles, registers.RegisterTiles):
         registers.project_kernel[tiles.grid(size, count)](*buffers, **common)
+    elif isinstance(tiles, streaming.StreamTiles):
+        w_desc, x_desc = streaming.descriptors(weight, x, tiles)
+        streaming.project_kernel[tiles.grid(size, count)](
+            x_desc, w_desc, *buffers[2:], space.part, space.arrived, **common)  # fmt: skip
     else:
         _tile_kernel[tiles.grid(size, count)](*buffers, space.part, space.arrived, **common)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from model_core.kernels.decode import registers
+from model_core.kernels.decode import registers, streaming
 from model_core.kernels.decode.products import RowTiles, dot_rows, follow, launch_options, load_rows, load_x
 from model_core.kernels.decode.state import DecodeState
 from model_core.kernels.decode.tiles import (
@@ -24,7 +24,7 @@ from model_core.kernels.decode.tiles import (
 )
 from model_core.kernels.runtime import cdiv, jit, next_power_of_2, tl
 
-AnyTiles = TensorTiles | registers.RegisterTiles
+AnyTiles = TensorTiles | registers.RegisterTiles | streaming.StreamTiles
 
 @jit
 def _kernel(
@@ -209,9 +209,16 @@ def qkv_tiles(
     strides = (eps, state.block_tables.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3])
     common = dict(M=q.shape[0], PARTS=stream.parts, ROWS=stream.rows, **tiles.options(q.shape[0], **shape))
     half = q.shape[2] // 2
+    if not isinstance(tiles, TensorTiles):
+        common["ALL"] = next_power_of_2(stream.parts)
     if isinstance(tiles, registers.RegisterTiles):
         assert half % (tiles.rows // 2) == 0
         registers.qkv_kernel[tiles.grid(2 * pairs, q.shape[0])](*inputs, *strides, **common)
+    elif isinstance(tiles, streaming.StreamTiles):
+        assert tiles.rows == q.shape[2]
+        w_desc, x_desc = streaming.descriptors(weight, stream.scaled[: q.shape[0]], tiles)
+        streaming.qkv_kernel[tiles.grid(2 * pairs, q.shape[0])](
+            x_desc, stream.squares, w_desc, *inputs[3:], space.part, space.arrived, *strides, **common)  # fmt: skip
     else:
         assert half % tiles.rows == 0
         _tile_kernel[tiles.grid(pairs, q.shape[0])](*inputs, space.part, space.arrived, *strides, **common)

@@ -13,6 +13,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from model_core.kernels.decode.epilogues import (
+    finish_gate_up,
+    finish_head,
+    finish_project,
+    finish_qkv,
+    follow,
+    place,
+    squares_of,
+)
 from model_core.kernels.decode.tiles import columns
 from model_core.kernels.runtime import cdiv, gl, gluon_jit, triton
 
@@ -45,37 +54,36 @@ class RegisterTiles:
 
 
 @gluon_jit
-def _follow(PDL: gl.constexpr):
-    """products.follow, in Gluon."""
-    if PDL:
-        gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon_jit
-def _product(
-    x_ptr, w_ptr, first, other, m0, M,
-    K: gl.constexpr, BM: gl.constexpr, R: gl.constexpr, BK: gl.constexpr, DEPTH: gl.constexpr, WARPS: gl.constexpr,
-    PAIR: gl.constexpr, PDL: gl.constexpr,
+def _weights(
+    w_ptr, first, other,
+    K: gl.constexpr, R: gl.constexpr, BK: gl.constexpr, DEPTH: gl.constexpr, WARPS: gl.constexpr, PAIR: gl.constexpr,
 ):  # fmt: skip
-    """W rows times x rows m0.. [BM], float32 [R, BM].
+    """The first DEPTH steps of W rows first.. [R], on their way; and the address of the first.
 
-    W rows are first.. [R]; if PAIR, of each 16 of them 8 are from first.. and 8 from other.., so that partners end up in one
-    thread.
+    If PAIR, of each 16 rows 8 are from first.. and 8 from other.., so that partners end up in one thread.
     """
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 8)
-    B: gl.constexpr = gl.DotOperandLayout(1, MMA, 8)
-    SHARE: gl.constexpr = K // WARPS
     r = gl.arange(0, R, layout=gl.SliceLayout(0, gl.SliceLayout(2, A)))
     n = gl.where(r % 16 < 8, first, other) + r // 16 * 8 + r % 8 if PAIR else first + r
-    share = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, A))) * SHARE
+    share = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, A))) * (K // WARPS)
     k = gl.arange(0, BK, layout=gl.SliceLayout(0, gl.SliceLayout(1, A)))
     at = w_ptr + n.to(gl.int64)[None, :, None] * K + share[:, None, None] + k[None, None, :]
     w = ()
     for c in gl.static_range(DEPTH):
         w = w + (gl.load(at + c * BK, eviction_policy="evict_first"),)  # type: ignore[assignment]
-    _follow(PDL)
+    return w, at
+
+
+@gluon_jit
+def _product(
+    w, at, x_ptr, m0, M,
+    K: gl.constexpr, BM: gl.constexpr, R: gl.constexpr, BK: gl.constexpr, DEPTH: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Those rows of W times x rows m0.. [BM], float32 [R, BM]."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
+    B: gl.constexpr = gl.DotOperandLayout(1, MMA, 8)
+    SHARE: gl.constexpr = K // WARPS
     m = m0 + gl.arange(0, BM, layout=gl.SliceLayout(0, gl.SliceLayout(1, B)))
     x_k = gl.arange(0, BK, layout=gl.SliceLayout(0, gl.SliceLayout(2, B)))
     x_share = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, B))) * SHARE
@@ -96,20 +104,6 @@ def _halves(value, R: gl.constexpr, BM: gl.constexpr, E: gl.constexpr):
     return gl.convert_layout(low.reshape([R // 2, BM]), E), gl.convert_layout(high.reshape([R // 2, BM]), E)
 
 
-@gluon_jit
-def _norm_factor(
-    squares_ptr, m, M, eps, PARTS: gl.constexpr, H: gl.constexpr, ROWS: gl.constexpr, BM: gl.constexpr, E: gl.constexpr
-):
-    """tiles.norm_factor, in Gluon: [BM], along the columns of layout E."""
-    STEP: gl.constexpr = 8
-    total = gl.zeros([BM], gl.float32, layout=gl.SliceLayout(0, E))
-    part = gl.arange(0, STEP, layout=gl.SliceLayout(1, E))
-    for first in gl.static_range(0, PARTS, STEP):
-        at = squares_ptr + (first + part)[:, None] * ROWS + m[None, :]
-        total += gl.sum(gl.load(at, mask=(first + part < PARTS)[:, None] & (m < M)[None, :], other=0.0), axis=0)
-    return gl.rsqrt(total / H + eps)
-
-
 @gluon_jit(do_not_specialize=["M"])
 def project_kernel(
     x_ptr, w_ptr, gain_ptr, residual_ptr, scaled_ptr, squares_ptr, M,
@@ -118,51 +112,48 @@ def project_kernel(
 ):  # fmt: skip
     E: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [1, WARPS], [0, 1])
     first, m0 = gl.program_id(1) * R, gl.program_id(0) * BM
-    acc = gl.convert_layout(_product(x_ptr, w_ptr, first, first, m0, M, K, BM, R, BK, DEPTH, WARPS, False, PDL), E)
+    w, w_at = _weights(w_ptr, first, first, K, R, BK, DEPTH, WARPS, False)
     n = first + gl.arange(0, R, layout=gl.SliceLayout(1, E))
     m = m0 + gl.arange(0, BM, layout=gl.SliceLayout(0, E))
-    present = (m < M)[None, :]
-    at = m[None, :] * N + n[:, None]
-    base = gl.load(residual_ptr + at, mask=present, other=0.0).to(gl.float32)
-    rounded = (base + acc).to(residual_ptr.dtype.element_ty)
-    wide = gl.where(present, rounded.to(gl.float32), 0.0)
-    gain = gl.load(gain_ptr + n).to(gl.float32)
-    gl.store(residual_ptr + at, rounded, mask=present)
-    gl.store(scaled_ptr + at, (wide * gain[:, None]).to(scaled_ptr.dtype.element_ty), mask=present)
-    gl.store(squares_ptr + gl.program_id(1) * ROWS + m, gl.sum(wide * wide, axis=0), mask=m < M)
+    gain = gl.load(gain_ptr + n)
+    follow(PDL)
+    base = gl.load(residual_ptr + m[None, :] * N + n[:, None], mask=(m < M)[None, :], other=0.0)
+    acc = gl.convert_layout(_product(w, w_at, x_ptr, m0, M, K, BM, R, BK, DEPTH, WARPS), E)
+    finish_project(acc, base, gain, n, m, gl.program_id(1), residual_ptr, scaled_ptr, squares_ptr, M, N, ROWS)
 
 
 @gluon_jit(do_not_specialize=["M"])
 def gate_up_kernel(
     x_ptr, squares_ptr, w_ptr, out_ptr, eps, M,
     BM: gl.constexpr, INNER: gl.constexpr, K: gl.constexpr, R: gl.constexpr, BK: gl.constexpr, DEPTH: gl.constexpr,
-    WARPS: gl.constexpr, PARTS: gl.constexpr, ROWS: gl.constexpr, PDL: gl.constexpr,
+    WARPS: gl.constexpr, PARTS: gl.constexpr, ALL: gl.constexpr, ROWS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     E: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [1, WARPS], [0, 1])
     first, m0 = gl.program_id(1) * (R // 2), gl.program_id(0) * BM
-    product = _product(x_ptr, w_ptr, first, first + INNER, m0, M, K, BM, R, BK, DEPTH, WARPS, True, PDL)
-    gate, up = _halves(product, R, BM, E)
+    w, w_at = _weights(w_ptr, first, first + INNER, K, R, BK, DEPTH, WARPS, True)
     n = first + gl.arange(0, R // 2, layout=gl.SliceLayout(1, E))
     m = m0 + gl.arange(0, BM, layout=gl.SliceLayout(0, E))
-    factor = _norm_factor(squares_ptr, m, M, eps, PARTS, K, ROWS, BM, E)[None, :]
-    gate = gate * factor
-    value = gate / (1.0 + gl.exp(-gate)) * (up * factor)
-    gl.store(out_ptr + m[None, :] * INNER + n[:, None], value.to(out_ptr.dtype.element_ty), mask=(m < M)[None, :])
+    follow(PDL)
+    squares = squares_of(squares_ptr, m, M, PARTS, ROWS, ALL, E)
+    gate, up = _halves(_product(w, w_at, x_ptr, m0, M, K, BM, R, BK, DEPTH, WARPS), R, BM, E)
+    finish_gate_up(gate, up, squares, n, m, out_ptr, eps, M, INNER, K)
 
 
 @gluon_jit(do_not_specialize=["M"])
 def head_kernel(
     x_ptr, squares_ptr, w_ptr, out_ptr, eps, M,
     BM: gl.constexpr, N: gl.constexpr, K: gl.constexpr, R: gl.constexpr, BK: gl.constexpr, DEPTH: gl.constexpr,
-    WARPS: gl.constexpr, PARTS: gl.constexpr, ROWS: gl.constexpr, PDL: gl.constexpr,
+    WARPS: gl.constexpr, PARTS: gl.constexpr, ALL: gl.constexpr, ROWS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     E: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [1, WARPS], [0, 1])
     first, m0 = gl.program_id(1) * R, gl.program_id(0) * BM
-    acc = gl.convert_layout(_product(x_ptr, w_ptr, first, first, m0, M, K, BM, R, BK, DEPTH, WARPS, False, PDL), E)
+    w, w_at = _weights(w_ptr, first, first, K, R, BK, DEPTH, WARPS, False)
     n = first + gl.arange(0, R, layout=gl.SliceLayout(1, E))
     m = m0 + gl.arange(0, BM, layout=gl.SliceLayout(0, E))
-    factor = _norm_factor(squares_ptr, m, M, eps, PARTS, K, ROWS, BM, E)[None, :]
-    gl.store(out_ptr + m.to(gl.int64)[None, :] * N + n[:, None], acc * factor, mask=(m < M)[None, :])
+    follow(PDL)
+    squares = squares_of(squares_ptr, m, M, PARTS, ROWS, ALL, E)
+    acc = gl.convert_layout(_product(w, w_at, x_ptr, m0, M, K, BM, R, BK, DEPTH, WARPS), E)
+    finish_head(acc, squares, n, m, out_ptr, eps, M, N, K)
 
 
 @gluon_jit(do_not_specialize=["M"])
@@ -171,44 +162,24 @@ def qkv_kernel(
     eps, table_row, k_page, k_slot, k_head, v_page, v_slot, v_head, M,
     BM: gl.constexpr, K: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr, KV_HEADS: gl.constexpr,
     R: gl.constexpr, BK: gl.constexpr, DEPTH: gl.constexpr, WARPS: gl.constexpr, PAGE: gl.constexpr,
-    BIAS: gl.constexpr, PARTS: gl.constexpr, ROWS: gl.constexpr, PDL: gl.constexpr,
+    BIAS: gl.constexpr, PARTS: gl.constexpr, ALL: gl.constexpr, ROWS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     E: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [1, WARPS], [0, 1])
     HALF: gl.constexpr = D // 2
     pair = gl.program_id(1) * (R // 2)
     head = pair // HALF  # R / 2 divides HALF: a program stays inside one head
-    inside = pair % HALF
-    first, m0 = head * D + inside, gl.program_id(0) * BM
-    product = _product(x_ptr, w_ptr, first, first + HALF, m0, M, K, BM, R, BK, DEPTH, WARPS, True, PDL)
-    a, b = _halves(product, R, BM, E)
-    j = gl.arange(0, R // 2, layout=gl.SliceLayout(1, E))
-    d = (inside + j)[:, None]
+    first, m0 = head * D + pair % HALF, gl.program_id(0) * BM
+    w, w_at = _weights(w_ptr, first, first + HALF, K, R, BK, DEPTH, WARPS, True)
+    d = pair % HALF + gl.arange(0, R // 2, layout=gl.SliceLayout(1, E))
     m = m0 + gl.arange(0, BM, layout=gl.SliceLayout(0, E))
-    present = (m < M)[None, :]
-    slot = gl.load(rows_ptr + m, mask=m < M, other=0)
-    position = gl.load(position_ptr + slot, mask=m < M, other=0)
-    page = gl.load(table_ptr + slot * table_row + position // PAGE, mask=m < M, other=0).to(gl.int64)[None, :]
-    offset = (position % PAGE)[None, :]
-    turned = present & (head < HEADS + KV_HEADS)
-    cos = gl.load(cos_sin_ptr + position[None, :] * D + d, mask=turned, other=1.0)
-    sin = gl.load(cos_sin_ptr + position[None, :] * D + HALF + d, mask=turned, other=0.0)
-    factor = _norm_factor(squares_ptr, m, M, eps, PARTS, K, ROWS, BM, E)[None, :]
-    a = a * factor
-    b = b * factor
+    page, offset, cos, sin = place(d, m, head, M, cos_sin_ptr, rows_ptr, position_ptr, table_ptr, table_row, D, HEADS, KV_HEADS,
+                                   PAGE)  # fmt: skip
+    bias_a = d
+    bias_b = d
     if BIAS:
-        a += gl.load(bias_ptr + first + j).to(gl.float32)[:, None]
-        b += gl.load(bias_ptr + first + HALF + j).to(gl.float32)[:, None]
-    low = (a * cos - b * sin).to(q_ptr.dtype.element_ty)
-    high = (b * cos + a * sin).to(q_ptr.dtype.element_ty)
-    if head < HEADS:
-        at = q_ptr + (m[None, :] * HEADS + head) * D + d
-        gl.store(at, low, mask=present)
-        gl.store(at + HALF, high, mask=present)
-    elif head < HEADS + KV_HEADS:
-        at = k_ptr + page * k_page + offset * k_slot + (head - HEADS) * k_head + d
-        gl.store(at, low, mask=present)
-        gl.store(at + HALF, high, mask=present)
-    else:
-        at = v_ptr + page * v_page + offset * v_slot + (head - HEADS - KV_HEADS) * v_head + d
-        gl.store(at, low, mask=present)
-        gl.store(at + HALF, high, mask=present)
+        bias_a, bias_b = gl.load(bias_ptr + head * D + d), gl.load(bias_ptr + head * D + HALF + d)
+    follow(PDL)
+    squares = squares_of(squares_ptr, m, M, PARTS, ROWS, ALL, E)
+    a, b = _halves(_product(w, w_at, x_ptr, m0, M, K, BM, R, BK, DEPTH, WARPS), R, BM, E)
+    finish_qkv(a, b, squares, bias_a, bias_b, page, offset, cos, sin, d, m, head, q_ptr, k_ptr, v_ptr, eps, k_page, k_slot,
+               k_head, v_page, v_slot, v_head, M, K, D, HEADS, KV_HEADS, BIAS)  # fmt: skip

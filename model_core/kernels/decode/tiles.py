@@ -148,7 +148,7 @@ class TileSpace:
         self.arrived = torch.zeros(max(1, tiles), dtype=torch.int32, device=device)
 
     @staticmethod
-    def needs(out_rows: int, count: int, tiles: TensorTiles, *, pair: bool) -> tuple[int, int]:
+    def needs(out_rows: int, count: int, tiles: Any, *, pair: bool) -> tuple[int, int]:
         """(floats, tiles) of a product of `out_rows` rows of W (of each half) for `count` rows of x."""
         if tiles.splits == 1:
             return 0, 0
