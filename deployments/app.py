@@ -74,6 +74,7 @@ def compose(args: AppArgs, load: Loader = load_engine) -> Application:
     root = start_folder()
     model = str(root / args.model) if (root / args.model).exists() else args.model
     weight_dir = str((root / Path(args.weight_dir).expanduser()).absolute())
+    args = args.model_copy(update={"access": args.access.settled(root)})  # from here on no key, only digests
     placement = place(args, int(ray.cluster_resources().get("GPU", 0)))
     source = ModelSource(model, args.revision, args.fallback)
     local = hydrate(source, weight_dir)

@@ -79,6 +79,7 @@ def check(path: Path) -> Iterator[Finding]:
     names = ", ".join(f"{application.name} ({application.import_path})" for application, _ in applications)
     yield Finding("configuration", "ok", f"{path}: {names}")
     yield from _check_ports(config)
+    yield from _check_access(config, [args for _, args in applications if isinstance(args, AppArgs)])
     for application, args in applications:
         if isinstance(args, AppArgs):
             yield from _check_application(application, args)
@@ -153,9 +154,6 @@ def _check_ports(config: ServeDeploySchema) -> Iterator[Finding]:
             problems.append(Finding("ports", "error", text))
     listed = ", ".join(f"{address}:{number}" for _, address, number in ports)
     yield from problems or [Finding("ports", "ok", f"{listed} are free")]
-    if host not in ("127.0.0.1", "localhost", "::1"):
-        yield Finding("access", "note", f"http_options.host is {host}: every machine that reaches it may use the server; "
-                                        "there is no authentication")  # fmt: skip
     for application in config.applications:
         own = application.runtime_env.get("env_vars", {})
         unlike = sorted(key for key in {*own, *flags} if key.startswith("RAY_SERVE_") and own.get(key) != flags.get(key)
@@ -163,6 +161,18 @@ def _check_ports(config: ServeDeploySchema) -> Iterator[Finding]:
         if unlike:
             yield Finding("flags", "note", f"{', '.join(unlike)}: set for the controller or for application "
                                            f"{application.name!r} alone; Serve wants the same in both")  # fmt: skip
+
+
+def _check_access(config: ServeDeploySchema, applications: list[AppArgs]) -> Iterator[Finding]:
+    host = config.http_options.host
+    if host not in ("127.0.0.1", "localhost", "::1") and not all(args.access.needs_key for args in applications):
+        yield Finding("access", "note", f"http_options.host is {host}: every machine that reaches it may use the server; "
+                                        "there is no authentication without access.keys")  # fmt: skip
+    for args in applications:
+        try:
+            args.access.settled(Path.cwd())
+        except ConfigError as error:
+            yield Finding("access", "error", str(error))
 
 
 def controller_environment(config: ServeDeploySchema) -> dict[str, str]:

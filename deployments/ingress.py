@@ -34,7 +34,8 @@ class Api:
     def __serve_build_asgi_app__(self) -> Starlette:
         transport = open_transport(self._args.transport, self._model)
         # Serve's proxies put x-request-id on every response themselves; twice, clients would read "a, a"
-        return create_app(transport, self._tokenizer, self._args.limits, tag_responses=False)
+        args = self._args
+        return create_app(transport, self._tokenizer, args.limits, args.access, tag_responses=False)
 
 
 def open_transport(kind: str, model: DeploymentHandle) -> Transport:

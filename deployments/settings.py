@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from deployments.protocol.access import Access
 from deployments.protocol.limits import Limits
 from model_core.engine.config import EngineConfig
 from model_core.errors import ConfigError
@@ -146,6 +147,7 @@ class AppArgs(BaseModel):
     )
     engine: EngineSettings = Field(default_factory=EngineSettings, description="Settings of each engine.")
     limits: Limits = Field(default_factory=Limits, description="What one HTTP request may ask for.")
+    access: Access = Field(default_factory=Access, description="Who may use the HTTP API.")
 
     @model_validator(mode="before")
     @classmethod

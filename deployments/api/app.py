@@ -17,9 +17,12 @@ from starlette.routing import Route
 
 from deployments.api.answer import Answer, Json, answer
 from deployments.api.edge import Edge, on_api_error, on_http_error
+from deployments.api.guard import OPEN_PATHS, Cors, Guard
 from deployments.api.job import chat_job, completion_job
+from deployments.api.keys import KeyRing
 from deployments.api.metrics import CONTENT_TYPE
 from deployments.api.service import Service
+from deployments.protocol.access import Access
 from deployments.protocol.body import read_json
 from deployments.protocol.errors import ApiError, loading, model_not_found
 from deployments.protocol.limits import Limits
@@ -29,9 +32,17 @@ from deployments.transport.base import NotReady, Transport
 from model_core.tokenizer.tokenizer import Tokenizer
 
 
-def create_app(transport: Transport, tokenizer: Tokenizer, limits: Limits, *, tag_responses: bool = True) -> Starlette:
+def create_app(
+    transport: Transport,
+    tokenizer: Tokenizer,
+    limits: Limits,
+    access: Access | None = None,
+    *,
+    tag_responses: bool = True,
+) -> Starlette:
     """The API over one served model. The app starts and closes the transport with its lifespan.
 
+    access: keys and CORS, as Access.settled() gives it; None lets everybody in.
     tag_responses: send the header x-request-id (Ray Serve's proxies send it themselves).
     app.state.service is the Service; app.state.service.gate.drain() stops admission.
     """
@@ -61,16 +72,27 @@ def create_app(transport: Transport, tokenizer: Tokenizer, limits: Limits, *, ta
             service.close()
 
     paths = frozenset(route.path for route in routes)
-    edge = Middleware(Edge, metrics=service.metrics, routes=paths, tag_responses=tag_responses)
+    layers = [Middleware(Edge, metrics=service.metrics, routes=paths, tag_responses=tag_responses)]
+    if access is not None:
+        layers += _guards(access)
     app = Starlette(
         routes=routes,
-        middleware=[edge],
+        middleware=layers,
         exception_handlers={ApiError: on_api_error, HTTPException: on_http_error},
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False  # a redirected POST loses its body in many clients: a 404 says what is wrong
     app.state.service = service
     return app
+
+
+def _guards(access: Access) -> list[Middleware]:
+    """CORS is the outer one: a page may read why it was refused, and its preflight carries no key."""
+    layers = [Middleware(Cors, origins=access.cors_origins)] if access.cors_origins else []
+    if access.needs_key:
+        open_paths = OPEN_PATHS | {"/metrics"} if access.open_metrics else OPEN_PATHS
+        layers.append(Middleware(Guard, keys=KeyRing(access), open_paths=open_paths))
+    return layers
 
 
 class Endpoints:

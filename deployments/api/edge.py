@@ -59,33 +59,38 @@ class Edge:
             await self._app(scope, receive, send_start)
         except (ClientGone, asyncio.CancelledError) as gone:
             record.status = 499
-            record.error = "client_gone"
+            record.error = gone.code if isinstance(gone, ClientGone) else "client_gone"
             if isinstance(gone, asyncio.CancelledError):
                 raise
         except Exception:
             log.exception("request %s failed", record.id)
             if record.status:
                 raise  # the response has begun: the server must cut it, so that it cannot look complete
-            record.error = "internal_error"
-            await error_response(internal_error())(scope, receive, send_start)
+            await refuse(internal_error(), scope, receive, send_start)
         finally:
             method = record.method if record.method in _METHODS else "other"
             self._metrics.http[(method, route, str(record.status))] += 1
-            if record.status == 503:
+            if record.status in (429, 503):
                 self._metrics.rejected[record.error or "other"] += 1
             if route.startswith("/v1/") and record.method == "POST":
                 self._metrics.request_latency.observe(record.seconds())
             record.write()
 
 
-def error_response(error: ApiError) -> Response:
+def error_response(error: ApiError, scope: Scope) -> Response:
+    """Every error that is not an event of a stream leaves through here."""
+    scope["mini_llm.record"].error = error.code or error.type
     return Response(error.body(), error.status, error.headers, "application/json")
+
+
+async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """For layers outside the one that turns exceptions into answers."""
+    await error_response(error, scope)(scope, receive, send)
 
 
 async def on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    request.scope["mini_llm.record"].error = error.code or error.type
-    return error_response(error)
+    return error_response(error, request.scope)
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:

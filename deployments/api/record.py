@@ -20,6 +20,7 @@ class Record:
     id: str
     method: str
     route: str
+    key: str | None = None  # name of the API key
     status: int = 0  # 499: the client left (nginx's code)
     model: str | None = None
     stream: bool | None = None

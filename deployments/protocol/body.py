@@ -20,7 +20,11 @@ Receive = Callable[[], Awaitable[Any]]
 
 
 class ClientGone(Exception):
-    """The client closed the connection before it had sent its request; nobody is left to answer."""
+    """Nobody is left to answer: the client closed the connection, or stopped reading. `code` is for the access log."""
+
+    def __init__(self, code: str = "client_gone") -> None:
+        super().__init__(code)
+        self.code = code
 
 
 async def read_json(headers: dict[bytes, bytes], receive: Receive, max_bytes: int) -> dict[str, Any]:

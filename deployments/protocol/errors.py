@@ -63,6 +63,21 @@ def context_too_long(limit: int, tokens: int, *, noun: str, at_least: bool = Fal
     )
 
 
+def no_key() -> ApiError:
+    """The same for no key and a wrong one: a guesser learns nothing."""
+    return ApiError(
+        401,
+        "No valid API key provided. Send 'authorization: Bearer KEY' or 'x-api-key: KEY'.",
+        code="invalid_api_key",
+        headers={"www-authenticate": "Bearer"},
+    )
+
+
+def rate_limited(message: str, retry_after_s: int) -> ApiError:
+    headers = {"retry-after": str(retry_after_s)}
+    return ApiError(429, message, type="rate_limit_error", code="rate_limit_exceeded", headers=headers)
+
+
 def overloaded(message: str, retry_after_s: int) -> ApiError:
     return _unavailable(message, "engine_overloaded", retry_after_s)
 

@@ -16,6 +16,7 @@ import uvicorn
 from pydantic import ConfigDict
 
 from deployments.api.app import create_app
+from deployments.protocol.access import Access
 from deployments.protocol.limits import Limits
 from deployments.transport.base import NotReady
 from model_core.engine.request import EngineInfo, EngineStats, Request, TokenEvent, TokenLogprobs
@@ -178,10 +179,10 @@ class Server:
     encode = staticmethod(encode)
     events = staticmethod(events)
 
-    def __init__(self, tokenizer: Tokenizer, limits: LimitsForTests | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, access: Access | None = None) -> None:
         self.fake = FakeTransport()
-        self.limits = limits or LimitsForTests()
-        self.app = create_app(self.fake, tokenizer, self.limits)
+        self.limits = LimitsForTests()
+        self.app = create_app(self.fake, tokenizer, self.limits, access)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -273,8 +274,8 @@ def fresh_server() -> Iterator[Callable[..., Server]]:
     """Makes servers of a test's own: fresh_server(chat=False) has a model without a chat template."""
     servers: list[Server] = []
 
-    def make(chat: bool = True) -> Server:
-        servers.append(Server(make_tokenizer(chat)))
+    def make(chat: bool = True, access: Access | None = None) -> Server:
+        servers.append(Server(make_tokenizer(chat), access))
         return servers[-1]
 
     yield make

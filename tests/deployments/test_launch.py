@@ -120,6 +120,17 @@ def test_an_open_door_and_flags_set_in_one_place_alone_are_noted(write, offline)
     assert found["flags"][0] == "note" and "RAY_SERVE_THROUGHPUT_OPTIMIZED" in found["flags"][1]
 
 
+def test_an_open_door_with_keys_needs_no_note_and_missing_keys_are_an_error(write, offline, tmp_path):
+    def change(config, application):
+        config["http_options"]["host"] = "0.0.0.0"
+
+    assert "access" not in findings(write(change, access={"keys": [{"name": "a", "key": "k"}]}))
+    state, text = findings(write(change, access={"keys": [{"name": "a", "env": "NOT_SET_HERE"}]}))["access"]
+    assert state == "error" and "NOT_SET_HERE" in text
+    state, text = findings(write(change, access={"keys_file": str(tmp_path / "nowhere.yaml")}))["access"]
+    assert state == "error" and "cannot be read" in text
+
+
 def test_weights_that_cannot_be_had_are_an_error_and_the_fallback_a_note(write, offline, tmp_path):
     state, text = findings(write(fallback=None))["weights"]
     assert state == "error" and "HF_HUB_OFFLINE is set" in text and "set fallback" in text

@@ -1,0 +1,149 @@
+"""API keys at work: who a request comes from, and how much of its allowance is left."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from deployments.protocol.access import Access, ApiKey, read_keys
+from deployments.protocol.errors import rate_limited
+from model_core.errors import ConfigError
+
+log = logging.getLogger("mini_llm.api")
+
+RELOAD_S = 1.0  # how often the keys_file is looked at, by the requests that come
+
+
+class Bucket:
+    """Tokens that come back at a steady rate: `per_minute` at once at most, and as many in any minute after that."""
+
+    def __init__(self, per_minute: int, now: float) -> None:
+        self.per_minute = per_minute
+        self._left = float(per_minute)
+        self._at = now
+
+    def take(self, now: float) -> bool:
+        """One token, if there is one. now: seconds, monotonic."""
+        self._refill(now)
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+    def wait_s(self) -> float:
+        """Seconds from the last take() until there is a token."""
+        return max(0.0, (1 - self._left) * 60 / self.per_minute)
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """OpenAI's headers, as of the last take()."""
+        reset = (self.per_minute - self._left) * 60 / self.per_minute
+        return [
+            (b"x-ratelimit-limit-requests", b"%d" % self.per_minute),
+            (b"x-ratelimit-remaining-requests", b"%d" % self._left),
+            (b"x-ratelimit-reset-requests", _duration(reset).encode()),
+        ]
+
+    def resize(self, per_minute: int) -> None:
+        self.per_minute = per_minute
+        self._left = min(self._left, per_minute)
+
+    def _refill(self, now: float) -> None:
+        self._left = min(float(self.per_minute), self._left + (now - self._at) * self.per_minute / 60)
+        self._at = now
+
+
+class Holder:
+    """The holder of one key in this HTTP replica."""
+
+    def __init__(self, key: ApiKey, now: float) -> None:
+        self.key = key
+        self.active = 0
+        self.bucket = None if key.requests_per_minute is None else Bucket(key.requests_per_minute, now)
+
+    def change(self, key: ApiKey, now: float) -> None:
+        """New limits from an edited file; what has been used stays used."""
+        self.key = key
+        if key.requests_per_minute is None:
+            self.bucket = None
+        elif self.bucket is None:
+            self.bucket = Bucket(key.requests_per_minute, now)
+        else:
+            self.bucket.resize(key.requests_per_minute)
+
+    @contextmanager
+    def hold(self, now: float) -> Iterator[None]:
+        """Counts a request inside the block. Raises ApiError 429 if the key has no more of them now."""
+        most = self.key.concurrent_requests
+        if most is not None and self.active >= most:
+            raise rate_limited(f"This key may have {most} requests at a time, and has them.", 1)
+        if self.bucket is not None and not self.bucket.take(now):
+            wait = self.bucket.wait_s()
+            raise rate_limited(
+                f"Rate limit reached: {self.bucket.per_minute} requests per minute. Please try again in {_duration(wait)}.",
+                math.ceil(wait),
+            )
+        self.active += 1
+        try:
+            yield
+        finally:
+            self.active -= 1
+
+
+class KeyRing:
+    """All keys, by digest. `clock`: monotonic seconds."""
+
+    def __init__(self, access: Access, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self._fixed = access.keys
+        self._path = None if access.keys_file is None else Path(access.keys_file)
+        self._stamp: tuple[int, int] | None = None
+        self._looked_at = -math.inf
+        self._holders: dict[bytes, Holder] = {}
+        self._set(self._fixed)
+
+    def find(self, secret: bytes) -> Holder | None:
+        """The holder of a key. Takes the same time whatever it is: all digests are compared, each in constant time."""
+        self._reload()
+        given = hashlib.sha256(secret).digest()
+        found = None
+        for digest, holder in self._holders.items():
+            if hmac.compare_digest(digest, given):
+                found = holder
+        return found
+
+    def _reload(self) -> None:
+        now = self.clock()
+        if self._path is None or now - self._looked_at < RELOAD_S:
+            return
+        self._looked_at = now
+        try:
+            status = self._path.stat()
+            stamp = (status.st_mtime_ns, status.st_size)
+            if stamp != self._stamp:
+                self._set([*self._fixed, *read_keys(self._path)])
+                self._stamp = stamp
+        except (OSError, ConfigError) as error:  # a file that is being edited must not lock everybody out
+            log.error("the API keys stay as they were: %s", error)
+
+    def _set(self, keys: list[ApiKey]) -> None:
+        now = self.clock()
+        by_digest = {key.digest(): key for key in keys}  # may raise, before anything has changed
+        for digest in self._holders.keys() & by_digest.keys():
+            self._holders[digest].change(by_digest[digest], now)
+        self._holders = {
+            digest: self._holders.get(digest) or Holder(key, now) for digest, key in by_digest.items()
+        }
+
+
+def _duration(seconds: float) -> str:
+    """As OpenAI writes it: 20ms, 1.5s, 6m0s."""
+    if seconds < 1:
+        return f"{math.ceil(seconds * 1e3)}ms"
+    minutes, rest = divmod(seconds, 60)
+    return f"{minutes:.0f}m{rest:.0f}s" if minutes else f"{rest:.4g}s"
