@@ -4,12 +4,12 @@
                                    [--prefill 512 1024 2048 4096] [--out FILE]
 
 bfloat16, random data, pages of 16 tokens scattered over the pool. decode: one query per sequence, the kernel of the decode
-graph (model_core/kernels/decode/attention.py) with its tiles and launched as there. prefill: one prompt from its beginning
-(paged_attention). SDPA gets contiguous, unpaged tensors of the same numbers (what a paged cache would first have to be copied
-to), enable_gqa and, for prompts, is_causal; its time is that of FlashAttention-2, for prompts the faster of that and cuDNN.
-Medians of CUDA-graph replays over data that are not in the L2 cache when a replay begins. speedup is SDPA over Triton; error
-the largest difference between the two, relative to the largest value. Written to benchmarks/results/<gpu>/attention.json,
-with charts beside it.
+graph (model_core/kernels/decode/attention.py) with its default tiles, launched as there. prefill: one prompt from its
+beginning (paged_attention). SDPA gets contiguous, unpaged tensors of the same numbers (what a paged cache would first have to
+be copied to), enable_gqa and, for prompts, is_causal; its time is that of FlashAttention-2, for prompts the faster of that and
+cuDNN. Medians of CUDA-graph replays over data that are not in the L2 cache when a replay begins. speedup is SDPA over Triton;
+error the largest difference between the two, relative to the largest value. Written to
+benchmarks/results/<gpu>/attention.json, with charts beside it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from benchmarks.plots import COLOURS, Limit, Line, Panel, draw_panels
 from benchmarks.random_model import SHAPES, hf_config
 from benchmarks.report import write_report
 from benchmarks.timing import ColdCache, copy_bandwidth
-from model_core.dispatch.tiles import default_split
+from model_core.dispatch.tiles import default_tiles
 from model_core.kernels import paged_attention as prefill_kernel
 from model_core.kernels.decode import attention as decode_kernel
+from model_core.kernels.decode.partition import DRIVERS_CHOICE, prefer_shared
 from model_core.kernels.decode.products import chains_launches
 from model_core.kernels.decode.state import DecodeState
 from model_core.model.config import ModelConfig
@@ -74,7 +75,7 @@ def make_decode(
     rows = torch.arange(batch, device=device)
     heads, dim = config.num_heads, config.head_dim
     space = decode_kernel.SplitSpace.empty(batch, heads, config.num_kv_heads, dim, device)
-    tiles = default_split(config)
+    tiles = default_tiles(config, batch, dtype).attention
     pdl = chains_launches(device)
 
     def pair() -> tuple[Call, Callable[[SDPBackend], torch.Tensor]]:
@@ -113,12 +114,13 @@ def make_prefill(
 
 def measure(
     make: Callable[[], tuple[Call, Callable[[SDPBackend], torch.Tensor]]], nbytes: int, backends: dict[str, SDPBackend],
-    cold: ColdCache,
+    cold: ColdCache, shared: int = DRIVERS_CHOICE,
 ) -> dict[str, Any]:  # fmt: skip
-    """Microseconds of both, and the largest difference between them."""
+    """Microseconds of both, and the largest difference between them. shared: what our kernel prefers, see partition.py."""
     made = [make() for _ in range(max(1, min(_MOST_COPIES, _L2 // nbytes)))]
     actual = made[0][0]().float()
-    triton = cold.microseconds([pair[0] for pair in made])
+    with prefer_shared(shared):
+        triton = cold.microseconds([pair[0] for pair in made])
     found: dict[str, float] = {}
     error = 0.0
     for name, backend in backends.items():
@@ -148,7 +150,7 @@ def decode_rows(shape: str, options: argparse.Namespace, cold: ColdCache, peak: 
                 print(f"{shape}: batch {batch} with {context} keys does not fit", file=sys.stderr)
                 continue
             make = make_decode(config, batch, context, torch.device("cuda"), torch.bfloat16)
-            row = measure(make, nbytes, DECODE_BACKENDS, cold)
+            row = measure(make, nbytes, DECODE_BACKENDS, cold, default_tiles(config, batch, torch.bfloat16).shared)
             gb_s = rate(nbytes, row["triton_us"])
             yield {"kind": "decode", "model": shape, "batch": batch, "context": context, **row, "gb_s": gb_s,
                    "sdpa_gb_s": rate(nbytes, row["sdpa_us"]), "share_of_copy": round(1e9 * (gb_s or 0) / peak, 3)}  # fmt: skip

@@ -13,8 +13,8 @@ from model_core.engine.config import CALIBRATIONS
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="mini-llm dispatch",
-        description="The dispatch table of a model on this machine. On a GPU the products of decode steps are measured if they "
-        "have not been (half a minute, kept in ~/.cache/mini-llm/dispatch); times are microseconds of one call.",
+        description="The dispatch table of a model on this machine. On a GPU decode steps are measured if they have not been "
+        "(half a minute, kept in ~/.cache/mini-llm/dispatch).",
     )
     opt.add_model(parser, positional=True)
     opt.add_engine(parser)
@@ -29,10 +29,12 @@ def main(argv: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from model_core.dispatch.steps import step_layers
     from model_core.engine.load import load_parts, place
     from model_core.weights.checkpoint import open_checkpoint
 
-    placed = place(open_checkpoint(local.path).config, config)
+    model = open_checkpoint(local.path).config
+    placed = place(model, config)
     if placed.device.type == "cuda":
         rows = load_parts(local.path, config).runner.explain()
     else:
@@ -40,7 +42,11 @@ def main(argv: list[str]) -> int:
 
         rows = Ops(placed.device, overrides=config.kernels, invariant=config.deterministic).explain()
     where = f"{placed.device.type}, {str(placed.dtype).removeprefix('torch.')}"
-    view = Table(title=f"{local.name} on {where}", title_justify="left")
+    title = f"{local.name} on {where}"
+    if any(row["op"].startswith("decode ") for row in rows):
+        title += (f". us: a decode step of {step_layers(model)} layers, head and sampler, with this candidate and the best of "
+                  "the choices above it")  # fmt: skip
+    view = Table(title=title, title_justify="left")
     for column in ("op", "rule", "choice", "us", "reason"):
         view.add_column(column, justify="right" if column == "us" else "left", overflow="fold")
     for row in rows:

@@ -52,8 +52,8 @@ def compile_ahead(
     jobs: Sequence[Job], workers: int | None = None, *, progress: Progress | None = None, stamp: str | None = None,
     target: Target | None = None, timeout_s: float = 240.0,
 ) -> dict[int, str]:  # fmt: skip
-    """Compile all kernels that `jobs` launch. Returns {index of a job: reason} where a kernel took its compiler down with
-    it, which had better not be tried again; other failures are left to the launch.
+    """Compile all kernels that `jobs` launch. Returns {index of a job: reason} for every job with a kernel that took its
+    compiler down, now or in an earlier batch, which had better not be tried again; other failures are left to the launch.
 
     workers: processes, by default one per core. stamp: a name for everything that the jobs depend on; with it, jobs that were
     compiled once cost nothing more for as long as Triton's cache keeps them. target: by default this process's GPU.
@@ -131,7 +131,8 @@ def _one_process(done: Path | None, timeout_s: float) -> Any:
 
 class _Pool:
     """Workers, and the folder through which they are told and tell: `<batch>.jobs`, a claim per kernel (which job wanted it;
-    then "ok" or what went wrong), `<batch>.<worker>` where a worker is through with a batch, and what they print."""
+    then "ok" or what went wrong), `<batch>.<worker>` where a worker is through with a batch (which jobs want which claims of
+    others), and what they print."""
 
     def __init__(self, workers: int, target: Target) -> None:
         self.target = target
@@ -189,14 +190,19 @@ class _Pool:
         return self._died()
 
     def _died(self) -> dict[int, str]:
-        found = {}
+        found, crashed = set(), set()
         for claim in (self.folder / "claims").iterdir():
             batch, job, *result = claim.read_text().split(maxsplit=2) or ["", ""]
-            if batch == str(self._batch) and not result:
-                found[int(job)] = "its compiler crashed"
+            if batch and not result:
+                crashed.add(claim.name)
+                found |= {int(job)} if batch == str(self._batch) else set()
             elif batch == str(self._batch) and result != ["ok"]:
                 logger.info("a kernel was not compiled ahead: %s", " ".join(result))
-        return found
+        for wants in self.folder.glob(f"{self._batch}.*[0-9]") if crashed else ():
+            for line in wants.read_text().splitlines():
+                job, claim_name = line.split()
+                found |= {int(job)} if claim_name in crashed else set()
+        return dict.fromkeys(sorted(found), "its compiler crashed")
 
     def _last_words(self) -> str:
         for log in self.folder.glob("log.*"):

@@ -55,12 +55,16 @@ def work(folder: str, number: int, workers: int) -> None:
             installed = True
         first = len(jobs) * number // workers  # everyone begins elsewhere
         for job in (*range(first, len(jobs)), *range(first)):
-            claims.wanted_by = f"{batch} {job}\n"
+            claims.job, claims.wanted_by = job, f"{batch} {job}\n"
             try:
                 jobs[job]()
             except Exception:  # the launch will fail likewise, and say so
                 traceback.print_exc()
-        (Path(folder) / f"{batch}.{number}").touch()
+        done = Path(folder) / f"{batch}.{number}"
+        written = done.with_suffix(f"{done.suffix}-")
+        written.write_text("".join(f"{job} {claim}\n" for job, claim in sorted(claims.wants)))
+        written.rename(done)  # whole when it is seen
+        claims.wants.clear()
 
 
 class _Claims:
@@ -69,13 +73,16 @@ class _Claims:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._parent = os.getppid()
-        self.wanted_by = ""
+        self.job, self.wanted_by = 0, ""
+        self.wants: set[tuple[int, str]] = set()  # (job, name of the claim): kernels that others have claimed
 
     def _claim(self, kind: str, what: str) -> Path | None:
         path = self._folder / kind / hashlib.sha256(what.encode()).hexdigest()
         with suppress(FileExistsError), open(path, "x") as file:
             file.write(self.wanted_by)
             return path
+        if kind == "claims":
+            self.wants.add((self.job, path.name))
         return None
 
     def install(self, target: Target) -> None:

@@ -20,8 +20,7 @@ from filelock import FileLock, Timeout
 
 from model_core import kernels
 from model_core.dispatch.calibrate import calibrate, representatives
-from model_core.dispatch.measured import Measured, label, tried
-from model_core.dispatch.tiles import PRODUCTS
+from model_core.dispatch.measured import CHOICES, Measured, label, tried
 from model_core.model.decode import DecodeChain
 from model_core.weights.progress import Progress
 
@@ -43,7 +42,7 @@ def facts(chain: DecodeChain, buckets: list[int]) -> dict[str, Any]:
     """Everything that a measurement depends on."""
     config, dtype = chain.model.config, chain.model.dtype
     points = representatives(buckets)
-    measured = {str(rows): {op: list(map(label, tried(config, op, rows, dtype))) for op in PRODUCTS} for rows in points}
+    measured = {str(rows): {op: list(map(label, tried(config, op, rows, dtype))) for op in CHOICES} for rows in points}
     return {
         "machine": machine(chain.q.device),
         "versions": {"torch": torch.__version__, "triton": _triton_version(), "kernels": source_hash()},
@@ -104,7 +103,8 @@ def save(known: dict[str, Any], measured: dict[int, Measured], seconds: float) -
     path = path_of(known)
     points = {found.rows: found for found in measured.values()}
     data = {
-        "about": "Which implementation computes each product of a decode step, and why: microseconds per call, measured by "
+        "about": "What decode steps are made of, and why. Choices were made in this order, each beside the best of those "
+        "before it; microseconds: of a whole step of so many layers, head and sampler with that candidate, measured by "
         "model_core/dispatch/calibrate.py. To measure again, delete this file, or start with calibration: again.",
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(seconds, 1),
@@ -147,7 +147,7 @@ def load(chain: DecodeChain, known: dict[str, Any]) -> dict[int, Measured] | Non
         return {bucket: found[data["speaks_for"][str(bucket)]] for bucket in known["rows"]}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         logger.warning("%s is not used, and measured again: %s: %s", path, type(error).__name__, error)
         return None
 

@@ -115,25 +115,28 @@ def candidates(config: ModelConfig, op: str, rows: int, dtype: torch.dtype) -> l
 
 
 def _in_rows(op: str, wide: bool) -> list[Choice]:
+    chosen: dict[str, list[Choice]]
     if wide:
-        return {
+        chosen = {
             "qkv": [RowTiles(2, 2048, 8), RowTiles(4, 2048, 8), RowTiles(4, 1024, 2)],
             "o": [RowTiles(2, 2048, 4), RowTiles(4, 2048, 8), RowTiles(8, 2048, 4)],
             "gate_up": [RowTiles(2, 1024, 8), RowTiles(2, 2048, 4), RowTiles(2, 1024, 4)],
             "down": [RowTiles(2, 2048, 4), RowTiles(4, 1024, 4), RowTiles(2, 1024, 4)],
             "head": [RowTiles(1, 4096, 8), RowTiles(1, 2048, 4), RowTiles(2, 2048, 8)],
-        }[op]  # fmt: skip
-    return {
+        }
+        return chosen[op]
+    chosen = {
         "qkv": [RowTiles(8, 2048, 2), RowTiles(4, 2048, 8), RowTiles(4, 1024, 2)],
         "o": [RowTiles(8, 2048, 4), RowTiles(4, 2048, 8), RowTiles(2, 2048, 4), RowTiles(4, 512, 8)],
         "gate_up": [RowTiles(8, 2048, 8), RowTiles(2, 1024, 4), RowTiles(2, 2048, 4)],
         "down": [RowTiles(2, 2048, 8), RowTiles(4, 1024, 4), RowTiles(2, 1024, 4)],
         "head": [RowTiles(2, 2048, 8), RowTiles(1, 2048, 4), RowTiles(1, 1024, 2)],
-    }[op]  # fmt: skip
+    }
+    return chosen[op]
 
 
 def _in_registers(op: str, rows: int, wide: bool) -> list[Choice]:
-    likeliest: list[Choice] = {
+    likeliest = {
         "qkv": [RegisterTiles(32, 64, 4, 4)] * wide + [RegisterTiles(16, 64, 8, 4)],
         "o": [RegisterTiles(16, 256, 2, 4), RegisterTiles(16, 128, 4, 4)],
         "gate_up": [RegisterTiles(16, 128, 4, 2 if wide else 4)] * (rows <= 8) + [RegisterTiles(32, 128, 1, 4)],

@@ -15,10 +15,10 @@ import torch
 
 from model_core.dispatch.calibrate import Steps
 from model_core.dispatch.compile import WORKER_BYTES, compile_ahead, cores
-from model_core.dispatch.measured import Measured, explain_row, with_products
+from model_core.dispatch.measured import CHOICES, Measured, explain_row
 from model_core.dispatch.ops import Ops
 from model_core.dispatch.store import Mode, digest, facts, measured_choices
-from model_core.dispatch.tiles import PRODUCTS, StepTiles, default_tiles
+from model_core.dispatch.tiles import StepTiles, default_tiles
 from model_core.engine.clock import MOST_AHEAD, Clock
 from model_core.engine.graphs import PREFILL_SEQS, DecodeGraphs, GraphPool, PrefillGraphs, fitting, row_buckets, token_buckets
 from model_core.engine.memory import available_host_memory
@@ -211,8 +211,8 @@ class GraphRunner:
         decodes = self.decodes
         found = measured_choices(decodes.chain, decodes.buckets, mode, Steps(), workers=_workers(), before=before)
         for rows, measured in found.items():
-            decodes.tiles[rows] = with_products(decodes.tiles[rows], {op: getattr(measured.tiles, op) for op in PRODUCTS})
-            decodes.chain.reserve(rows, decodes.tiles[rows])
+            decodes.tiles[rows] = measured.tiles
+            decodes.chain.reserve(rows, measured.tiles)
         self.measured = found
 
     def _compile_ahead(self) -> None:
@@ -267,10 +267,7 @@ class GraphRunner:
                 tiles, measured = self.decodes.tiles[size], self.measured.get(size)
                 if following and (self.decodes.tiles[following], self.measured.get(following)) == (tiles, measured):
                     continue  # one row of the table for buckets that do the same
-                rows += [explain_row(op, low, size, tiles, measured, config, self.model.dtype) for op in PRODUCTS]
-                attention = str(self.decodes.chain.split)
-                rows.append({**rows[-1], "op": "decode attention", "candidates": {attention: None}, "choice": attention,
-                             "reason": "default, not measured"})  # fmt: skip
+                rows += [explain_row(op, low, size, tiles, measured, config, self.model.dtype) for op in CHOICES]
                 low = size + 1
         for row in self.ops.explain():
             rows.append({**row, "op": f"prefill {row['op']}", "reason": "captured graph: a launch costs no host time"})

@@ -1,0 +1,122 @@
+"""The time of one decode step of the real chain, at a realistic context: what calibration compares.
+
+A step here has the first layers of the model only, enough of them that weights come from memory, then head and sampler.
+Every slot holds a sequence of garbage on pages of its own; serving overwrites what is written there before it reads it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from model_core.dispatch.tiles import StepTiles
+from model_core.kernels.decode.partition import prefer_shared
+from model_core.model.config import ModelConfig
+from model_core.model.decode import DecodeChain
+
+_LAYERS = 8
+_POSITION = 256  # of the newest token
+_SERIES, _REPLAYS = 5, 3  # a series is timed as a whole: its first launch is felt less, and positions move little
+_SETTLE_S = 0.3  # of work before the first measurement, which brings the clocks up
+
+
+def step_layers(config: ModelConfig) -> int:
+    """Layers of a measured step."""
+    return min(config.num_layers, _LAYERS)
+
+
+def longest_context(chain: DecodeChain) -> int:
+    """The bound for which a step is compiled and measured: the first of what serving captures (engine/graphs.py)."""
+    room = chain.state.block_tables.shape[1] * chain.kv.k[0].shape[1]
+    return min(512, chain.model.max_context, room)
+
+
+def step_call(chain: DecodeChain, rows: torch.Tensor, tiles: StepTiles, layers: int) -> Callable[[], object]:
+    """One step of slots `rows` (int64 [M]), as something that can be pickled for the processes that compile."""
+    return partial(chain.launch, rows, torch.zeros_like(rows), tiles, longest=longest_context(chain), layers=layers)
+
+
+class Occupants:
+    """Sequences in slots 0 to most - 1, until `leave`: then the slots are as new."""
+
+    def __init__(self, chain: DecodeChain, most: int) -> None:
+        self._state = state = chain.state
+        pages, size = chain.kv.k[0].shape[:2]
+        bound = longest_context(chain)
+        self.position = max(0, min(_POSITION, bound - _REPLAYS - 1))
+        each = min(-(-(self.position + _REPLAYS + 1) // size), state.block_tables.shape[1])
+        own = torch.arange(most * each, device=state.position.device).view(most, each)
+        state.block_tables[:most, :each] = (1 + own % max(1, pages - 1)).int()  # page 0 is the dump page
+        ids = torch.arange(most, device=state.position.device)
+        state.last_token[:most] = ids * 31 % chain.model.config.vocab_size
+        for index in range(step_layers(chain.model.config)):  # numbers like those of a step: power depends on them
+            for cache in chain.kv.layer(index):
+                cache[1 : 1 + most * each].normal_()
+        self._most = most
+        self.place()
+
+    def place(self) -> None:
+        """Back to where they were: a step moves every slot on by one."""
+        self._state.position[: self._most] = self.position
+
+    def leave(self) -> None:
+        for tensor in (self._state.position, self._state.block_tables, self._state.last_token):
+            tensor[: self._most].zero_()
+
+
+class StepTimer:
+    """Microseconds of a captured step, replayed between events, the median. Nothing that will be replayed in earnest may have
+    been captured before `close`."""
+
+    def __init__(self, chain: DecodeChain, most: int) -> None:
+        """most: rows of the largest step."""
+        self._chain, self._layers = chain, step_layers(chain.model.config)
+        self._stream = torch.cuda.Stream(chain.q.device)
+        self._rows = torch.arange(most, device=chain.q.device)
+        self._occupants = Occupants(chain, most)
+        self._settled = False
+
+    def __call__(self, rows: int, tiles: StepTiles) -> float:
+        """Raises whatever a kernel that does not compile or launch raises."""
+        self._occupants.place()
+        graph = self._capture(step_call(self._chain, self._rows[:rows], tiles, self._layers), tiles.shared)
+        until = time.monotonic() + (0.0 if self._settled else _SETTLE_S)
+        self._series_us(graph)
+        while time.monotonic() < until:
+            self._series_us(graph)
+        self._settled = True
+        return statistics.median(self._series_us(graph) for _ in range(_SERIES))
+
+    def _capture(self, work: Callable[[], object], shared: int) -> torch.cuda.CUDAGraph:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):  # what is compiled, loaded and allocated for good is then there
+            work()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        # The outer stream is restored even if the capture fails; thread_local: other threads may call CUDA meanwhile.
+        with (torch.cuda.stream(torch.cuda.current_stream()), prefer_shared(shared),
+              torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")):  # fmt: skip
+            work()
+        return graph
+
+    def _series_us(self, graph: torch.cuda.CUDAGraph) -> float:
+        self._occupants.place()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(_REPLAYS):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return 1e3 * begin.elapsed_time(end) / _REPLAYS
+
+    def close(self) -> None:
+        """Empty the slots, and give back what cuBLAS keeps for the timer's stream."""
+        self._occupants.leave()
+        torch.cuda.synchronize()
+        if (clear := getattr(torch._C, "_cuda_clearCublasWorkspaces", None)) is not None:
+            clear()
+        torch.cuda.empty_cache()
