@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -14,11 +15,11 @@ from deployments.api.choice import Choice
 from deployments.api.job import Job
 from deployments.api.run import run_job
 from deployments.api.service import Service
+from deployments.api.sse import SseWriter
 from deployments.api.supervise import supervise
 from deployments.protocol.errors import ApiError
 from deployments.protocol.events import (
     DONE,
-    HEARTBEAT,
     ChatEvents,
     ChoiceEvents,
     TextEvents,
@@ -27,11 +28,6 @@ from deployments.protocol.events import (
 )
 from deployments.protocol.responses import Entry, chat_choice, text_choice, whole
 
-SSE_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
 FAREWELL_S = 5.0
 
 
@@ -48,6 +44,13 @@ class Answer:
     def __init__(self, service: Service, job: Job) -> None:
         self._service = service
         self._job = job
+        self._blocked_since: float | None = None
+
+    def last_token_at(self) -> float | None:
+        return max((choice.last_token_at for choice in self._job.choices if choice.last_token_at), default=None)
+
+    def blocked_since(self) -> float | None:
+        return self._blocked_since
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service, job = self._service, self._job
@@ -55,17 +58,12 @@ class Answer:
         await service.gate.check(count)
         with service.gate.hold(count):
             try:
-                await supervise(
-                    self._produce(scope, send),
-                    receive,
-                    started=lambda: any(choice.tokens for choice in job.choices),
-                    first_token_s=service.limits.queue_timeout_s,
-                    total_s=service.limits.request_timeout_s,
-                )
+                await supervise(self._produce(scope, send), receive, self, service.limits)
             except ApiError as error:
                 if not await self._fail(error):
                     raise
             finally:
+                self._end()
                 self._account()
 
     async def _produce(self, scope: Scope, send: Send) -> None:
@@ -74,6 +72,9 @@ class Answer:
     async def _fail(self, error: ApiError) -> bool:
         """Reports an error in an answer that has begun; False if it has not, so that a plain error can be sent."""
         return False
+
+    def _end(self) -> None:
+        """Called once, however the request ended."""
 
     def _account(self) -> None:
         """Metrics and the access record, however the request ended."""
@@ -123,6 +124,7 @@ class WholeAnswer(Answer):
             writer = job.logprobs(self._service, choice)
             logprobs = None if writer is None else writer.json(entries[choice.index], job.max_logprobs)
             choices.append(shape(choice.index, text, logprobs, choice.finish, choice.stop_reason))
+        self._blocked_since = time.perf_counter()
         await Json(whole(job.head, choices, job.usage()))(scope, _no_receive, send)
 
 
@@ -130,6 +132,9 @@ class StreamedAnswer(Answer):
     """The 200 is held back until the first tokens (or the first heartbeat), so that earlier errors are plain JSON."""
 
     _sse: SseWriter | None = None
+
+    def blocked_since(self) -> float | None:
+        return None if self._sse is None else self._sse.blocked_since
 
     async def _produce(self, scope: Scope, send: Send) -> None:
         job, service = self._job, self._service
@@ -173,6 +178,10 @@ class StreamedAnswer(Answer):
         finally:
             sse.stop()
 
+    def _end(self) -> None:
+        if self._sse is not None:
+            self._sse.close()
+
     async def _fail(self, error: ApiError) -> bool:
         sse = self._sse
         if sse is None or not sse.started:
@@ -183,64 +192,6 @@ class StreamedAnswer(Answer):
         with suppress(asyncio.TimeoutError):  # of a reader that stopped reading
             await asyncio.wait_for(sse.finish(), FAREWELL_S)
         return True
-
-
-class SseWriter:
-    """Sends events; whatever has been added while an earlier send waited for a slow reader goes out in one piece.
-
-    A reader that stops reading blocks flush() (the server's flow control), which stops the consumption of tokens: at
-    most one list of events per choice waits here. Heartbeats are comments after `heartbeat_s` seconds without events,
-    also before the first. send_start passes the layers that look at the response's start; send goes past them: each
-    would cost a coroutine per token only to hand the message on.
-    """
-
-    def __init__(self, send_start: Send, send: Send, heartbeat_s: float) -> None:
-        self.started = False
-        self._send_start = send_start
-        self._send = send
-        self._heartbeat_s = heartbeat_s
-        self._parts: list[bytes] = []
-        self._lock = asyncio.Lock()
-        self._loop = asyncio.get_running_loop()
-        self._last = self._loop.time()
-        self._beat: asyncio.Task[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        if heartbeat_s > 0:
-            self._timer = self._loop.call_later(heartbeat_s, self._tick)
-
-    def add(self, data: bytes) -> None:
-        self._parts.append(data)
-
-    async def flush(self, more: bool = True) -> None:
-        async with self._lock:
-            if not self._parts and more:
-                return
-            data = b"".join(self._parts)
-            self._parts.clear()
-            if not self.started:
-                self.started = True
-                await self._send_start({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
-            await self._send({"type": "http.response.body", "body": data, "more_body": more})
-            self._last = self._loop.time()
-
-    async def finish(self) -> None:
-        """The last flush; ends the response at once (the official client waits only 0.1 s for the end after [DONE])."""
-        self.stop()
-        await self.flush(more=False)
-
-    def stop(self) -> None:
-        """No more heartbeats."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _tick(self) -> None:
-        idle = self._loop.time() - self._last
-        if idle >= self._heartbeat_s and not self._lock.locked():
-            self.add(HEARTBEAT)
-            self._beat = self._loop.create_task(self.flush())
-            idle = 0.0
-        self._timer = self._loop.call_later(self._heartbeat_s - min(idle, self._heartbeat_s * 0.9), self._tick)
 
 
 async def _no_receive() -> Any:

@@ -1,55 +1,85 @@
-"""Runs the work of one HTTP request while watching for a client that leaves and for deadlines that pass."""
+"""Runs the work of one HTTP request while watching for a client that leaves or stops reading, and for deadlines."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from typing import Any, Protocol, TypeVar
 
 from deployments.protocol.body import ClientGone
-from deployments.protocol.errors import overloaded, timed_out
+from deployments.protocol.errors import idle_too_long, overloaded, timed_out
+from deployments.protocol.limits import Limits
 
 T = TypeVar("T")
+LOOKS = 4  # in the time that a reader or the engine may pause: an eighth of it later, on average, the pause is noticed
+
+
+class Progress(Protocol):
+    """What the work tells about itself, in seconds of time.perf_counter; None: not yet, or not now."""
+
+    def last_token_at(self) -> float | None: ...
+    def blocked_since(self) -> float | None:
+        """Since when it waits for the client to read."""
+        ...
 
 
 async def supervise(
-    work: Coroutine[Any, Any, T],
-    receive: Callable[[], Awaitable[Any]],
-    *,
-    started: Callable[[], bool],
-    first_token_s: float | None,
-    total_s: float | None,
+    work: Coroutine[Any, Any, T], receive: Callable[[], Awaitable[Any]], progress: Progress, limits: Limits
 ) -> T:
     """The work's result. The work is cancelled, and has ended, when this raises:
 
-    ClientGone when the client closed the connection; ApiError 503 when no token came within first_token_s; 408 or 504
-    when total_s passed. `receive` is the ASGI callable with the request's body already read. None: no deadline.
+    ClientGone when the client closed the connection or read nothing for reader_timeout_s; ApiError 503 when no token
+    came within queue_timeout_s; 408 or 504 when request_timeout_s or idle_timeout_s passed. `receive` is the ASGI
+    callable with the request's body already read.
     """
+    begun = time.perf_counter()
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(receive))
     both = {task, gone}
+    # pauses begin at any time, so that their deadlines are not known when a wait begins
+    pauses = [seconds for seconds in (limits.reader_timeout_s, limits.idle_timeout_s) if seconds is not None]
+    look = min(pauses, default=None)
     try:
-        begun = asyncio.get_running_loop().time()
-        done: set[asyncio.Future[Any]] = set()
-        if first_token_s is not None and (total_s is None or first_token_s < total_s):
-            done, _ = await asyncio.wait(both, timeout=first_token_s, return_when=asyncio.FIRST_COMPLETED)
-            if not done and not started():
-                raise overloaded(f"The request waited {first_token_s:g} s for its first token.", retry_after_s=5)
-        if not done:
-            left = None if total_s is None else begun + total_s - asyncio.get_running_loop().time()
-            done, _ = await asyncio.wait(both, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-        if not done:
-            assert total_s is not None
-            raise timed_out(total_s, started=started())
-        if task in done:
-            return task.result()
-        raise ClientGone
+        while True:
+            now = time.perf_counter()
+            due, error = min(_deadlines(begun, progress, limits), key=lambda pair: pair[0], default=(None, None))
+            if due is not None and error is not None and due <= now:
+                raise error()
+            waits = [] if due is None else [due - now]
+            if look is not None:
+                waits.append(look / LOOKS)
+            done, _ = await asyncio.wait(both, timeout=min(waits, default=None), return_when=asyncio.FIRST_COMPLETED)
+            if task in done:
+                return task.result()
+            if done:
+                raise ClientGone
     finally:
         task.cancel()
         gone.cancel()
         await asyncio.wait(both)  # the engine has been told to stop before the request counts as over
         if not task.cancelled():
             task.exception()  # marks it as retrieved when a deadline or the client was first
+
+
+def _deadlines(
+    begun: float, progress: Progress, limits: Limits
+) -> Iterator[tuple[float, Callable[[], Exception]]]:
+    """Those that run now: when each is due, and what it raises."""
+    token, blocked = progress.last_token_at(), progress.blocked_since()
+    if limits.request_timeout_s is not None:
+        total = limits.request_timeout_s
+        yield begun + total, lambda: timed_out(total, started=token is not None)
+    if blocked is not None:
+        if limits.reader_timeout_s is not None:
+            yield blocked + limits.reader_timeout_s, lambda: ClientGone("reader_stalled")
+    elif token is None:
+        if limits.queue_timeout_s is not None:
+            first = limits.queue_timeout_s
+            yield begun + first, lambda: overloaded(f"The request waited {first:g} s for its first token.", retry_after_s=5)
+    elif limits.idle_timeout_s is not None:
+        idle = limits.idle_timeout_s
+        yield token + idle, lambda: idle_too_long(idle)
 
 
 async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:

@@ -108,6 +108,17 @@ def timed_out(limit_s: float, *, started: bool) -> ApiError:
     )
 
 
+def idle_too_long(limit_s: float) -> ApiError:
+    """The engine gave the sequence no token for so long, after the first one."""
+    return ApiError(
+        504,
+        f"No token came for {limit_s:g} s (idle_timeout_s).",
+        type="timeout",
+        code="deadline_exceeded",
+        headers={"x-should-retry": "false"},
+    )
+
+
 def internal_error() -> ApiError:
     """A bug or an engine fault: the text is fixed, details go to the log only."""
     return ApiError(500, "The server had an error while processing your request.", type="server_error")

@@ -20,6 +20,12 @@ class Limits(BaseModel):
     request_timeout_s: float | None = Field(
         default=1800.0, gt=0, description="Seconds a request may take in all; then 408, 504 or an error event."
     )
+    idle_timeout_s: float | None = Field(
+        default=300.0, gt=0, description="Seconds between two tokens of a request; then 504 or an error event."
+    )
+    reader_timeout_s: float | None = Field(
+        default=60.0, gt=0, description="Seconds a client may leave its answer unread; then the connection is cut."
+    )
     max_stop_strings: int = Field(default=4, ge=0, description="Longest `stop` array; some editors send more than 4.")
     max_n: int = Field(default=8, ge=1, le=128, description="Largest `n`.")
     max_logprobs: int = Field(default=20, ge=0, le=100, description="Largest `top_logprobs` (chat), `logprobs` (text).")
