@@ -3,7 +3,7 @@
 A frame is a 4-byte little-endian length and that many bytes of msgpack. The first frame of a connection is the hello
 [MAGIC, secret]; every later one is [seq, [event, ...]] with seq = 0, 1, 2, ... and
 
-    event = [rid, token_ids, finish, extra]     extra = None or [logprobs, error, cached_tokens]
+    event = [rid, token_ids, finish, extra]     extra = None or [logprobs, error, cached_tokens, waits]
 
 One frame carries all events that one engine step made for one Api replica. msgpack, because a socket that reads pickle
 runs whatever a stranger sends to it; bounded, because a length is the first thing a stranger would lie about.
@@ -22,7 +22,7 @@ import msgpack
 from model_core.engine.request import TokenEvent, TokenLogprobs
 from model_core.errors import MiniLLMError
 
-MAGIC = "mini-llm-tokens/1"
+MAGIC = "mini-llm-tokens/2"
 MAX_HELLO = 256
 MAX_FRAME = 8 << 20  # 512 sequences with 100 alternatives each are 0.8 MB
 FINISHES = frozenset({None, "stop", "length", "abort", "error"})
@@ -45,10 +45,10 @@ def pack_frame(content: Any) -> bytes:
 
 def encode_event(rid: int, event: TokenEvent) -> list[Any]:
     """msgpack-ready form of an event under the number `rid` that the Api replica gave its request."""
-    _, ids, finish, logprobs, error, cached = event
-    if logprobs is None and error is None and not cached:
+    _, ids, finish, logprobs, error, cached, waits = event
+    if logprobs is None and error is None and waits is None and not cached:
         return [rid, ids, finish, None]
-    return [rid, ids, finish, [logprobs, error, cached]]
+    return [rid, ids, finish, [logprobs, error, cached, waits]]
 
 
 def decode_event(request_id: str, ids: Any, finish: Any, extra: Any) -> TokenEvent:
@@ -61,10 +61,13 @@ def decode_event(request_id: str, ids: Any, finish: Any, extra: Any) -> TokenEve
     if extra is None:
         return TokenEvent(request_id, ids, finish)
     try:
-        logprobs, error, cached = extra
+        logprobs, error, cached, waits = extra
         if logprobs is not None:
             logprobs = [TokenLogprobs(float(own), [(int(i), float(p)) for i, p in top]) for own, top in logprobs]
-        return TokenEvent(request_id, ids, finish, logprobs, None if error is None else str(error), int(cached))
+        if waits is not None:
+            queued, computed = waits
+            waits = float(queued), float(computed)
+        return TokenEvent(request_id, ids, finish, logprobs, None if error is None else str(error), int(cached), waits)
     except (TypeError, ValueError) as error:
         raise WireError(f"not the extra part of an event: {error}") from None
 

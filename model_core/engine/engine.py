@@ -74,8 +74,7 @@ class Engine:
     @classmethod
     def load(cls, path: Path | str, config: EngineConfig | None = None, *, name: str | None = None,
              source: str = "disk") -> Engine:
-        """Load a checkpoint (a folder or a GGUF file). Raises CheckpointError, UnsupportedModel, ConfigError,
-        OutOfMemory."""
+        """Load a checkpoint (a folder or a GGUF file). Raises CheckpointError, UnsupportedModel, ConfigError, OutOfMemory."""
         config = config or EngineConfig()
         return cls(load_parts(Path(path), config), config, name=name or Path(path).name, source=source)
 
@@ -118,7 +117,8 @@ class Engine:
             generation_tokens=s.generation_tokens, prefix_queries=s.prefix_queries, prefix_hits=s.prefix_hits,
             preemptions=s.preemptions, step_ms=self._step_ms,
             last_step_age_s=time.monotonic() - self._progress_at if s.has_work else 0.0,
-            gpu_busy_s=self.records.gpu_busy, gpu_idle_s=self.records.gpu_idle)
+            gpu_busy_s=self.records.gpu_busy, gpu_idle_s=self.records.gpu_idle,
+            step_tokens=tuple(self.records.step_tokens), computed_tokens=self.records.computed_tokens)
 
     def dispatch_table(self) -> list[dict[str, Any]]:
         """Which implementation runs for which op and shape, and why."""
@@ -261,11 +261,12 @@ class Engine:
         for seq in [seq for seq, token in zip(sampling, tokens, strict=True) if token < 0 and seq.finish is None]:
             self._fail(seq.request_id, "the model produced logits that are not finite numbers")
         ended = set(self.parts.scheduler.commit(flight.plan, tokens))
-        self._events += [
-            _event((seq.request_id, [token], seq.finish, logprobs.get(place), None,
-                    seq.cached_tokens if len(seq.tokens) == seq.num_prompt + 1 else 0))
-            for place, (seq, token) in enumerate(zip(sampling, tokens, strict=True))
-            if seq.finish is None or seq in ended]  # others have had their last event
+        events = [_event((seq.request_id, [token], seq.finish, logprobs.get(place), None, 0, None))
+                  for place, (seq, token) in enumerate(zip(sampling, tokens, strict=True))
+                  if seq.finish is None or seq in ended]  # others have had their last event
+        if firsts := {seq.request_id: seq for seq in sampling if len(seq.tokens) == seq.num_prompt + 1}:
+            events = [firsts[event.request_id].first(event) if event.request_id in firsts else event for event in events]
+        self._events += events
         self.records.append(launched.finished(waited - began, time.perf_counter() - waited))
         self._steps += 1
         self._failed_steps = 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from typing import NamedTuple
 
 from model_core.engine.clock import Span
+from model_core.engine.request import STEP_TOKENS
 from model_core.engine.runner import InFlight
 
 
@@ -50,16 +52,21 @@ class StepRing:
     """The last `size` step records; appending drops the oldest. Safe to read from another thread.
 
     Totals of all steps, in seconds: gpu_busy, while a step was on the device, and gpu_idle, between two while there was work.
-    gpu_us: of the newest record.
+    gpu_us: of the newest record. step_tokens, computed_tokens: as in EngineStats.
     """
 
     def __init__(self, size: int = 4096) -> None:
         self._ring: deque[StepRecord] = deque(maxlen=size)
         self.gpu_busy = self.gpu_idle = 0.0
         self.gpu_us = 0
+        self.step_tokens = [0] * (len(STEP_TOKENS) + 1)
+        self.computed_tokens = 0
 
     def append(self, record: StepRecord) -> None:
         self._ring.append(record)
+        tokens = record.decodes + record.prefill_tokens
+        self.step_tokens[bisect_left(STEP_TOKENS, tokens)] += 1
+        self.computed_tokens += tokens
         self.gpu_us = record.gpu_us
         self.gpu_busy += 1e-6 * record.gpu_us
         self.gpu_idle += 1e-6 * record.idle_us

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -57,7 +58,8 @@ class TokenEvent(NamedTuple):
     """New tokens of one request after a step. The event with `finish` set is the request's last.
 
     A stop or eos token is included in `token_ids` (count it in usage, do not print it). finish "error" carries
-    `error`; cached_tokens (prompt tokens served from the prefix cache) is set on the first event.
+    `error`. On the event with the first token: cached_tokens (of the prompt, served from the prefix cache), and waits:
+    seconds from the scheduler's queue to a slot, and from there to the token.
     """
 
     request_id: str
@@ -66,6 +68,7 @@ class TokenEvent(NamedTuple):
     logprobs: list[TokenLogprobs] | None = None
     error: str | None = None
     cached_tokens: int = 0
+    waits: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,3 +107,5 @@ class EngineStats:
     last_step_age_s: float  # seconds since the engine thread last made progress
     gpu_busy_s: float = 0.0  # totals since start; of steps on the device, and between steps while there was work; 0 on a CPU
     gpu_idle_s: float = 0.0
+    step_tokens: tuple[int, ...] = ()  # steps by tokens computed, up to each of STEP_TOKENS (and beyond); totals since start
+    computed_tokens: int = 0  # by all of them

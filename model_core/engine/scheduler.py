@@ -26,6 +26,7 @@ enters the prefix index at the commit of the plan that filled it, never while it
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable
@@ -311,6 +312,7 @@ class Scheduler:
         seq.computed = len(hits) * pool.page_size
         seq.indexed, seq.node = len(hits), node
         if not seq.admissions:
+            seq.admitted_at = time.perf_counter()
             seq.cached_tokens = seq.computed
             self.prefix_queries += seq.num_prompt
             self.prefix_hits += seq.cached_tokens

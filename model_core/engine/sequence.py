@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from enum import Enum
 
 from model_core.cache.prefix import Node
-from model_core.engine.request import FinishReason, Request
+from model_core.engine.request import FinishReason, Request, TokenEvent
 
 
 class State(Enum):
@@ -61,6 +62,8 @@ class Sequence:
     finish: FinishReason | None = None
     indexed: int = 0  # pages of the block table that the prefix index was told about
     node: Node | None = None  # of the last of them
+    arrived_at: float = field(default_factory=time.perf_counter)
+    admitted_at: float = 0.0  # for the first time
 
     @classmethod
     def of(cls, request: Request, arrival: int, eos_ids: frozenset[int] = frozenset()) -> Sequence:
@@ -85,6 +88,11 @@ class Sequence:
         if self.tokens[-1] in self.stop_ids and self.num_output >= max(1, self.request.params.min_tokens):
             return "stop"
         return "length" if len(self.tokens) >= self.limit else None
+
+    def first(self, event: TokenEvent) -> TokenEvent:
+        """The event of its first token, with what is told once."""
+        waits = (self.admitted_at - self.arrived_at, time.perf_counter() - self.admitted_at)
+        return event._replace(cached_tokens=self.cached_tokens, waits=waits)
 
     def check(self, page_size: int) -> None:
         """Assert the invariants; for tests."""

@@ -313,6 +313,8 @@ def test_strangers_are_shown_the_door(tools, hello):
         (pack_frame([0, [[0, [1.5], None, None]]]), "not a token id"),
         (pack_frame([0, [[0, [1], "bored", None]]]), "not an event"),
         (pack_frame([0, [[0, [1], None, [1]]]]), "extra part"),
+        (pack_frame([0, [[0, [1], None, [None, None, 0, [1.0]]]]]), "extra part"),
+        (pack_frame([0, [[0, [1], None, [None, None, 0, ["a", 1.0]]]]]), "extra part"),
     ],
 )
 def test_a_model_replica_that_breaks_the_protocol_loses_its_streams(tools, frame, reason, capfd):
@@ -404,6 +406,7 @@ EVENTS = [
     TokenEvent("a", [], "abort"),
     TokenEvent("a", [7], None, [TokenLogprobs(-0.5, [(7, -0.5), (8, -1.25)])], None, 32),
     TokenEvent("a", [], "error", None, "the engine failed: ä", 0),
+    TokenEvent("a", [7], None, None, None, 0, (0.25, 1.5)),
 ]
 
 

@@ -195,6 +195,22 @@ def test_through_a_prefix_hit(serve, greedy, family):
     assert served.engine.stats().prefix_hits == 104
 
 
+def test_the_first_event_tells_how_long_it_took(serve):
+    """One slot, so that the second request waits for all of the first; a prompt of 2 steps, the second of one token."""
+    served = serve(max_seqs=1, max_batch_tokens=len(PROMPTS[3]) - 1)
+    begun = time.perf_counter()
+    served.ask(request("a", PROMPTS[3]), request("b", PROMPTS[3]))
+    spent = time.perf_counter() - begun
+    for name in "ab":
+        first, *others = served.events[name]
+        assert first.waits is not None and all(event.waits is None for event in others)
+        assert first.waits[0] >= 0 < first.waits[1] and sum(first.waits) < spent
+    assert served.events["b"][0].waits[0] > served.events["a"][0].waits[1]
+    stats = served.engine.stats()
+    assert sum(stats.step_tokens) == stats.steps and stats.step_tokens[0] >= 2 * (NEW - 1)
+    assert stats.computed_tokens == stats.prompt_tokens - stats.prefix_hits + stats.generation_tokens - 2
+
+
 def test_prefix_cache_can_be_off(serve, greedy):
     served, prompt = serve(prefix_cache=False), PROMPTS[3]
     served.ask(request("a", prompt))
