@@ -17,6 +17,7 @@ from deployments.api.run import run_job
 from deployments.api.service import Service
 from deployments.api.sse import SseWriter
 from deployments.api.supervise import supervise
+from deployments.api.timings import decode_seconds, timings
 from deployments.protocol.errors import ApiError
 from deployments.protocol.events import (
     DONE,
@@ -24,7 +25,7 @@ from deployments.protocol.events import (
     ChoiceEvents,
     TextEvents,
     error_event,
-    usage_event,
+    last_event,
 )
 from deployments.protocol.responses import Entry, chat_choice, text_choice, whole
 
@@ -45,6 +46,7 @@ class Answer:
         self._service = service
         self._job = job
         self._blocked_since: float | None = None
+        self._unfinished = "abort"  # why a choice has no finish reason
 
     def last_token_at(self) -> float | None:
         return max((choice.last_token_at for choice in self._job.choices if choice.last_token_at), default=None)
@@ -60,6 +62,8 @@ class Answer:
             try:
                 await supervise(self._produce(scope, send), receive, self, service.limits)
             except ApiError as error:
+                is_fault = error.type == "server_error" or error.code == "replica_lost"
+                self._unfinished = "error" if is_fault else "abort"
                 if not await self._fail(error):
                     raise
             finally:
@@ -82,20 +86,27 @@ class Answer:
         usage = job.usage()
         record = job.record
         record.prompt_tokens, record.completion_tokens, record.cached_tokens = usage
-        record.finish = ",".join(choice.finish or "abort" for choice in job.choices)
+        record.finish = ",".join(choice.finish or self._unfinished for choice in job.choices)
         firsts = [choice.first_token_at for choice in job.choices if choice.first_token_at is not None]
         if firsts:
             record.ttft_ms = round((min(firsts) - record.begun) * 1e3, 2)
+        metrics.request_latency.observe(record.seconds())
         metrics.n.observe(job.request.n)
         metrics.cached_tokens += usage.cached_tokens
+        metrics.max_generation.observe(max(choice.tokens for choice in job.choices))
+        waits = [choice.waits for choice in job.choices if choice.waits is not None]
+        if waits:
+            record.queue_ms, record.prefill_ms = (round(max(times) * 1e3, 2) for times in zip(*waits, strict=True))
         slowest = 0.0
         for choice in job.choices:
-            metrics.finished[choice.finish or "abort"] += 1
+            metrics.finished[choice.finish or self._unfinished] += 1
             metrics.prompt_tokens.observe(len(choice.request.prompt_ids))
             metrics.generation_tokens.observe(choice.tokens)
             metrics.max_tokens.observe(choice.request.params.max_tokens)
-            if choice.tokens > 1 and choice.first_token_at is not None and choice.last_token_at is not None:
-                spent = choice.last_token_at - choice.first_token_at
+            spent = decode_seconds(choice)
+            if choice.waits is not None:
+                metrics.inference_time.observe(choice.waits[1] + (spent or 0.0))
+            if spent is not None:
                 metrics.decode_time.observe(spent)
                 metrics.time_per_output_token.observe(spent / (choice.tokens - 1))
                 slowest = max(slowest, spent / (choice.tokens - 1))
@@ -124,8 +135,11 @@ class WholeAnswer(Answer):
             writer = job.logprobs(self._service, choice)
             logprobs = None if writer is None else writer.json(entries[choice.index], job.max_logprobs)
             choices.append(shape(choice.index, text, logprobs, choice.finish, choice.stop_reason))
+        body = whole(job.head, choices, job.usage())
+        if job.request.timings:
+            body["timings"] = timings(job)
         self._blocked_since = time.perf_counter()
-        await Json(whole(job.head, choices, job.usage()))(scope, _no_receive, send)
+        await Json(body)(scope, _no_receive, send)
 
 
 class StreamedAnswer(Answer):
@@ -171,8 +185,9 @@ class StreamedAnswer(Answer):
 
         try:
             await run_job(service, job, pass_on)
-            if request.include_usage:
-                sse.add(usage_event(head, job.usage()))
+            if request.include_usage or request.timings:
+                usage = job.usage() if request.include_usage else None
+                sse.add(last_event(head, usage, timings(job) if request.timings else None))
             sse.add(DONE)
             await sse.finish()
         finally:

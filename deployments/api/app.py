@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError
@@ -136,10 +137,11 @@ class Endpoints:
         service = self._service
         stats = await service.stats()
         try:
-            model = (await service.info()).model
+            info = await service.info()
+            model, pool_tokens = info.model, info.pool_tokens
         except ApiError:
-            model = ""
-        text = service.metrics.render(model, stats, service.gate.active)
+            model, pool_tokens = "", 0
+        text = service.metrics.render(model, pool_tokens, stats, service.gate.active)
         return Response(text, headers={"content-type": CONTENT_TYPE})
 
     async def version(self, request: Request) -> Response:
@@ -167,7 +169,9 @@ class Endpoints:
         """Admission comes first: an overloaded server must not spend its time on parsing and tokenising."""
         await self._service.gate.check(1)
         headers = dict(request.scope["headers"])
-        return await read_json(headers, request.receive, self._service.limits.max_body_bytes)
+        body = await read_json(headers, request.receive, self._service.limits.max_body_bytes)
+        request.scope["mini_llm.record"].received_at = time.perf_counter()
+        return body
 
 
 def _version() -> str:

@@ -43,9 +43,11 @@ class Choice:
         "index",
         "last_token_at",
         "request",
+        "sent_at",
         "started_at",
         "stop_reason",
         "tokens",
+        "waits",
     )
 
     def __init__(
@@ -72,6 +74,8 @@ class Choice:
         self._given = 0  # entries given out
         self._metrics = metrics
         self.started_at = started_at
+        self.sent_at: float | None = None  # to the engines
+        self.waits: tuple[float, float] | None = None  # seconds in the engine's queue, and from there to the first token
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
 
@@ -84,6 +88,10 @@ class Choice:
         ids = event.token_ids
         if event.cached_tokens:
             self.cached_tokens = event.cached_tokens
+        if event.waits is not None:
+            self.waits = event.waits
+            self._metrics.queue_time.observe(event.waits[0])
+            self._metrics.prefill_time.observe(event.waits[1])
         if ids:
             now = time.perf_counter()
             if self.last_token_at is None:

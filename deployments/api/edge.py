@@ -69,11 +69,9 @@ class Edge:
             await refuse(internal_error(), scope, receive, send_start)
         finally:
             method = record.method if record.method in _METHODS else "other"
-            self._metrics.http[(method, route, str(record.status))] += 1
+            self._metrics.count_http(method, route, record.status, record.seconds())
             if record.status in (429, 503):
                 self._metrics.rejected[record.error or "other"] += 1
-            if route.startswith("/v1/") and record.method == "POST":
-                self._metrics.request_latency.observe(record.seconds())
             record.write()
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, chain
 
 from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from model_core.engine.request import EngineStats
+from model_core.engine.request import STEP_TOKENS, EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -47,13 +48,18 @@ class Histogram:
 
     def family(self, labels: dict[str, str]) -> HistogramMetricFamily:
         family = HistogramMetricFamily(self.name, self.help, labels=list(labels))
-        total = 0
-        buckets = []
-        for bound, count in zip([*map(float, self._bounds), float("inf")], self._counts, strict=True):
-            total += count
-            buckets.append(("+Inf" if bound == float("inf") else repr(bound), float(total)))
-        family.add_metric(list(labels.values()), buckets, self._sum)
+        self.add_to(family, *labels.values())
         return family
+
+    def add_to(self, family: HistogramMetricFamily, *labels: str) -> None:
+        """These counts as one more series of `family`."""
+        family.add_metric(labels, _buckets(self._bounds, self._counts), self._sum)
+
+
+def _buckets(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
+    """Cumulative, as the exposition wants them. counts: one more than bounds, of what is beyond the last."""
+    names = [*(repr(float(bound)) for bound in bounds), "+Inf"]
+    return [(name, float(total)) for name, total in zip(names, accumulate(counts), strict=True)]
 
 
 class Metrics:
@@ -66,42 +72,55 @@ class Metrics:
         self.inter_token_latency = Histogram(
             "vllm:inter_token_latency_seconds", "Between two token events of a sequence, at the API.", _ITL
         )
-        self.request_latency = Histogram("vllm:e2e_request_latency_seconds", "Whole requests, at the API.", _E2E)
+        self.request_latency = Histogram("vllm:e2e_request_latency_seconds", "Requests that were let in, whole.", _E2E)
         self.time_per_output_token = Histogram(
             "vllm:request_time_per_output_token_seconds", "Mean time between tokens of a finished sequence.", _ITL
+        )
+        self.queue_time = Histogram(
+            "vllm:request_queue_time_seconds", "In the engine's queue, before the first slot.", _E2E
+        )
+        self.prefill_time = Histogram(
+            "vllm:request_prefill_time_seconds", "From the slot to the first token, in the engine.", _E2E
+        )
+        self.inference_time = Histogram(
+            "vllm:request_inference_time_seconds", "From the slot to the last token: prefill and decode.", _E2E
         )
         self.decode_time = Histogram(
             "vllm:request_decode_time_seconds", "From the first to the last token of a sequence, at the API.", _E2E
         )
         self.prompt_tokens = Histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
         self.generation_tokens = Histogram("vllm:request_generation_tokens", "Tokens generated for it.", _TOKENS)
+        self.max_generation = Histogram(
+            "vllm:request_max_num_generation_tokens", "Tokens of the longest choice of a request.", _TOKENS
+        )
         self.max_tokens = Histogram("vllm:request_params_max_tokens", "max_tokens after clamping.", _TOKENS)
         self.n = Histogram("vllm:request_params_n", "n of a request.", _SMALL)
         self.finished: Counter[str] = Counter()  # by finish reason, per sequence
         self.rejected: Counter[str] = Counter()  # by error code
         self.http: Counter[tuple[str, str, str]] = Counter()  # method, route, status
+        self.http_time: dict[tuple[str, str], Histogram] = {}  # method, route
         self.unknown_fields = 0
         self.cached_tokens = 0
+
+    def count_http(self, method: str, route: str, status: int, seconds: float) -> None:
+        """One answered request. method and route must be of small sets."""
+        self.http[method, route, str(status)] += 1
+        histogram = self.http_time.get((method, route))
+        if histogram is None:
+            histogram = self.http_time[method, route] = Histogram("http_request_duration_seconds", "", _E2E)
+        histogram.observe(seconds)
 
     def histograms(self) -> Iterator[Histogram]:
         return (value for value in vars(self).values() if isinstance(value, Histogram))
 
-    def render(self, model: str, stats: Sequence[EngineStats], active: int) -> bytes:
-        """The exposition text. `stats`: one reading per model replica; `active`: sequences held by this Api replica."""
-        return generate_latest(_Snapshot(self._families(model, stats, active)))  # type: ignore[arg-type]
+    def render(self, model: str, pool_tokens: int, stats: Sequence[EngineStats], active: int) -> bytes:
+        """The exposition text. pool_tokens: of each replica's KV pool; stats: one reading per model replica; active:
+        sequences held by this Api replica."""
+        families = chain(_engine_families(model, pool_tokens, stats), self._families(model, active))
+        return generate_latest(_Snapshot(families))  # type: ignore[arg-type]
 
-    def _families(self, model: str, stats: Sequence[EngineStats], active: int) -> Iterator[Metric]:
+    def _families(self, model: str, active: int) -> Iterator[Metric]:
         label = {"model_name": model}
-        for name, help, read in _GAUGES:
-            gauge = GaugeMetricFamily(name, help, labels=["model_name", "engine"])
-            for i, reading in enumerate(stats):
-                gauge.add_metric([model, str(i)], read(reading))
-            yield gauge
-        for name, help, read in _COUNTERS:
-            counter = CounterMetricFamily(name, help, labels=["model_name", "engine"])
-            for i, reading in enumerate(stats):
-                counter.add_metric([model, str(i)], read(reading))
-            yield counter
         for histogram in self.histograms():
             yield histogram.family(label)
         yield _counter("vllm:request_success", "Sequences that ended.", "finished_reason", self.finished, label)
@@ -119,6 +138,34 @@ class Metrics:
         for labels, count in self.http.items():
             http.add_metric(labels, count)
         yield http
+        times = HistogramMetricFamily("http_request_duration_seconds", "HTTP requests.", labels=["method", "handler"])
+        for names, histogram in self.http_time.items():
+            histogram.add_to(times, *names)
+        yield times
+
+
+def _engine_families(model: str, pool_tokens: int, stats: Sequence[EngineStats]) -> Iterator[Metric]:
+    """What the engines keep, one series each."""
+    labels = ["model_name", "engine"]
+    for name, help, read in _GAUGES:
+        gauge = GaugeMetricFamily(name, help, labels=labels)
+        for i, reading in enumerate(stats):
+            gauge.add_metric([model, str(i)], read(reading))
+        yield gauge
+    for name, help, read in _COUNTERS:
+        counter = CounterMetricFamily(name, help, labels=labels)
+        for i, reading in enumerate(stats):
+            counter.add_metric([model, str(i)], read(reading))
+        yield counter
+    steps = HistogramMetricFamily("vllm:iteration_tokens_total", "Tokens computed in an engine step.", labels=labels)
+    config = GaugeMetricFamily("vllm:cache_config_info", "The KV pool.", labels=[*labels, "block_size", "num_gpu_blocks"])
+    for i, reading in enumerate(stats):
+        if reading.step_tokens:
+            steps.add_metric([model, str(i)], _buckets(STEP_TOKENS, reading.step_tokens), reading.computed_tokens)
+        pages = reading.pages_total
+        config.add_metric([model, str(i), str(pool_tokens // pages if pages else 0), str(pages)], 1)
+    yield steps
+    yield config
 
 
 _GAUGES = (

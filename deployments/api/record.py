@@ -12,6 +12,8 @@ log = logging.getLogger("mini_llm.access")
 
 PROBES = frozenset({"/health", "/ready", "/metrics"})  # asked every second or so by machines; logged at DEBUG
 
+_CLOCKS = frozenset({"begun", "received_at"})
+
 
 @dataclass
 class Record:
@@ -28,11 +30,14 @@ class Record:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     cached_tokens: int | None = None
+    queue_ms: float | None = None  # in the engine's queue, slowest choice
+    prefill_ms: float | None = None  # from there to its first token
     ttft_ms: float | None = None  # arrival to first token
     tpot_ms: float | None = None  # mean time per further token, slowest choice
     finish: str | None = None  # finish reasons of the choices, joined by commas
     error: str | None = None  # error code
     begun: float = field(default_factory=time.perf_counter)
+    received_at: float | None = None  # when the body was there, time.perf_counter as `begun`
 
     def seconds(self) -> float:
         """Since the request's head arrived."""
@@ -43,6 +48,6 @@ class Record:
         if not log.isEnabledFor(level):
             return
         line = {"ts": round(time.time(), 3)}
-        line.update({key: value for key, value in vars(self).items() if value is not None and key != "begun"})
+        line.update({key: value for key, value in vars(self).items() if value is not None and key not in _CLOCKS})
         line["total_ms"] = round(self.seconds() * 1e3, 2)
         log.log(level, orjson.dumps(line).decode())

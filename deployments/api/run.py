@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 
 from deployments.api.choice import Choice
@@ -40,6 +41,7 @@ async def run_job(service: Service, job: Job, sink: Sink) -> None:
 
 
 async def _run(transport: Transport, choice: Choice, sink: Sink) -> None:
+    choice.sent_at = time.perf_counter()
     stream = transport.generate(choice.request)
     try:
         async for events in stream:

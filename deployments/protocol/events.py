@@ -80,9 +80,14 @@ class TextEvents(ChoiceEvents):
     _empty = b'"text":""'
 
 
-def usage_event(head: Head, usage: Usage) -> bytes:
-    """The last chunk when `include_usage` was asked for: no choices."""
-    return b"data: " + orjson.dumps({**head.json(), "choices": [], "usage": usage.json()}) + b"\n\n"
+def last_event(head: Head, usage: Usage | None, timings: dict[str, Any] | None) -> bytes:
+    """The chunk after all choices' last ones, if any of both was asked for: no choices."""
+    chunk: dict[str, Any] = {**head.json(), "choices": []}
+    if usage is not None:
+        chunk["usage"] = usage.json()
+    if timings is not None:
+        chunk["timings"] = timings
+    return b"data: " + orjson.dumps(chunk) + b"\n\n"
 
 
 def error_event(envelope: bytes) -> bytes:

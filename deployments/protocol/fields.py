@@ -54,6 +54,7 @@ FIELDS: tuple[Field, ...] = (
     *_served("best_of", TEXT, "only equal to n"),
     *_served("top_k min_p repetition_penalty stop_token_ids min_tokens ignore_eos", note="vLLM's"),
     *_served("include_stop_str_in_output skip_special_tokens priority", note="vLLM's"),
+    *_served("timings", note="this server's own: adds the object `timings` to the answer, or to a stream's last chunk"),
     *_served("add_special_tokens", TEXT, "vLLM's: whether the tokenizer's begin-of-sequence token is put in front"),
     *_served("add_generation_prompt chat_template_kwargs", CHAT, "vLLM's"),
     *_ignored("user safety_identifier metadata store service_tier", note="for the provider's books"),

@@ -114,6 +114,7 @@ class GenerationRequest(BaseModel):
     include_stop_str_in_output: StrictBool = False
     skip_special_tokens: StrictBool = True
     priority: Annotated[Int, Field(ge=-1000, le=1000)] = 0
+    timings: StrictBool = False
 
     @property
     def include_usage(self) -> bool:

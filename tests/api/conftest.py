@@ -100,6 +100,7 @@ class FakeTransport:
     fail_after: int = 0
     ready: bool = True
     cached: int = 0
+    waits: tuple[float, float] | None = (0.002, 0.004)
     requests: list[Request] = field(default_factory=list)
     running: set[str] = field(default_factory=set)
     aborted: dict[str, float] = field(default_factory=dict)  # id → time.monotonic
@@ -116,7 +117,7 @@ class FakeTransport:
     async def stats(self) -> list[EngineStats]:
         if not self.ready:
             return []
-        return [EngineStats(len(self.running), 0, 100, 60, 15, 7, 11, 13, 17, 5, 2, 1.5, 0.0, 90.0, 1.5)]
+        return [EngineStats(len(self.running), 0, 100, 60, 15, 7, 11, 13, 17, 5, 2, 1.5, 0.0, 90.0, 1.5, (1,) * 14, 77)]
 
     async def dispatch_table(self) -> list[dict]:
         return [{"op": "rmsnorm", "choice": "torch"}]
@@ -147,7 +148,8 @@ class FakeTransport:
                     logprobs = [TokenLogprobs(-0.25 if top else -0.5, top) for _ in part]
                 self.produced += len(part)
                 done = last
-                yield [TokenEvent(request.request_id, part, finish, logprobs, None, self.cached if at == 0 else 0)]
+                told_once = (0, None) if at else (self.cached, self.waits)
+                yield [TokenEvent(request.request_id, part, finish, logprobs, None, *told_once)]
                 await asyncio.sleep(self.delay)
             if self.failure is not None and not done:
                 raise self.failure

@@ -306,8 +306,56 @@ def test_metrics(server):
     labels = [("handler", "/v1/chat/completions"), ("method", "POST")]
     assert grown("http_requests_total", *labels, ("status", "200")) == 1
     assert grown("http_requests_total", *labels, ("status", "400")) == 1
-    assert grown("vllm:e2e_request_latency_seconds_count", model) == 2
+    assert grown("vllm:e2e_request_latency_seconds_count", model) == 1  # what was refused would look fast
+    assert grown("vllm:request_queue_time_seconds_sum", model) == pytest.approx(0.004)
+    assert grown("vllm:request_prefill_time_seconds_sum", model) == pytest.approx(0.008)
+    assert grown("vllm:request_inference_time_seconds_sum", model) > 0.008
+    assert grown("vllm:request_max_num_generation_tokens_sum", model) == 4
+    assert after[("vllm:iteration_tokens_total_bucket", engine, ("le", "8.0"), model)] == 2
+    assert after[("vllm:iteration_tokens_total_count", engine, model)] == 14
+    assert after[("vllm:iteration_tokens_total_sum", engine, model)] == 77
+    pool = [("block_size", "40"), engine, model, ("num_gpu_blocks", "100")]
+    assert after[("vllm:cache_config_info", *pool)] == 1
+    assert grown("http_request_duration_seconds_count", *labels) == 2
     assert ("vllm:num_requests_running", engine, model) in after
+
+
+# what vLLM's three Grafana dashboards ask for (api.md, 6.4)
+DASHBOARDS = """num_requests_running num_requests_waiting kv_cache_usage_perc prompt_tokens_total generation_tokens_total
+request_success_total num_preemptions_total prefix_cache_queries_total prefix_cache_hits_total
+time_to_first_token_seconds_bucket inter_token_latency_seconds_bucket request_time_per_output_token_seconds_bucket
+e2e_request_latency_seconds_bucket request_queue_time_seconds_bucket request_prefill_time_seconds_bucket
+request_decode_time_seconds_bucket request_inference_time_seconds_bucket request_prompt_tokens_bucket
+request_generation_tokens_bucket request_max_num_generation_tokens_bucket iteration_tokens_total_bucket
+request_params_n_bucket request_params_max_tokens_bucket"""
+
+
+def test_every_name_of_vllms_dashboards_is_there(server):
+    assert server.chat()[0] == 200
+    found = samples(server.raw("GET", "/metrics")[2].decode())
+    for name in DASHBOARDS.split():
+        series = [dict(key[1:]) for key in found if key[0] == f"vllm:{name}"]
+        assert series and all(labels["model_name"] == "acme/tiny" for labels in series), name
+
+
+def test_sequences_are_counted_by_how_they_ended(server):
+    def ended():
+        found = samples(server.raw("GET", "/metrics")[2].decode())
+        return {dict(key[1:])["finished_reason"]: n for key, n in found.items() if key[0] == "vllm:request_success_total"}
+
+    before = ended()
+    server.chat(max_tokens=1)
+    server.chat(n=2)
+    server.fake.failure, server.fake.fail_after = EngineDead("gone"), 1
+    server.chat()
+    server.fake.failure = OSError("bug")
+    server.chat()
+    server.fake.failure, server.fake.script, server.fake.delay = None, endless, 0.01
+    server.limits.request_timeout_s = 0.05
+    server.chat(n=3)
+    after = ended()
+    grown = {reason: after[reason] - before.get(reason, 0) for reason in after}
+    assert grown == {"length": 1, "stop": 2, "error": 2, "abort": 3}
 
 
 def test_the_access_log_has_one_line_and_no_text(server, caplog):
@@ -320,7 +368,7 @@ def test_the_access_log_has_one_line_and_no_text(server, caplog):
     good, bad, gone = (json.loads(record.getMessage()) for record in caplog.records)
     assert good["status"] == 200 and good["finish"] == "stop,stop" and good["completion_tokens"] == 8
     assert good["route"] == "/v1/chat/completions" and good["n"] == 2 and good["stream"] is False
-    assert 0 < good["ttft_ms"] <= good["total_ms"]
+    assert 0 < good["ttft_ms"] <= good["total_ms"] and (good["queue_ms"], good["prefill_ms"]) == (2, 4)
     assert bad["status"] == 400 and bad["error"] == "integer_below_min_value"
     assert gone["stream"] is True
     assert "secret" not in caplog.text and "Hello" not in caplog.text
