@@ -35,10 +35,17 @@ async def read_json(headers: dict[bytes, bytes], receive: Receive, max_bytes: in
     content_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
     if content_type != b"application/json":
         # also what keeps a web page from posting here without CORS: a "simple" request cannot carry this type
-        got = content_type.decode("latin-1") or "none"
+        got = content_type.decode("latin-1")[:100] or "none"
         raise ApiError(
             415,
             f"Unsupported content type: send 'content-type: application/json' (got: {got}).",
+            code="unsupported_media_type",
+        )
+    encoding = headers.get(b"content-encoding", b"identity").strip().lower()
+    if encoding != b"identity":  # a few bytes could unpack to gigabytes
+        raise ApiError(
+            415,
+            f"Unsupported content encoding '{encoding.decode('latin-1')[:40]}': send the body uncompressed.",
             code="unsupported_media_type",
         )
     try:
