@@ -8,10 +8,9 @@ a step), so the first candidates below are what made whole steps fastest on an H
 (2026-11-25, context 257, microseconds of a step of all 22 or of 8 layers):
 
     rows                          1      8     16     32     64    128    256
-    TinyLlama-1.1B              848    949  1,073  1,158  1,446  1,689  2,154
-      driver's shared memory    927  1,028  1,256  1,210  1,472  1,702  2,154
-      cuBLAS for the products            1,150  1,210
-    Llama-2-7B, 8 layers      1,217  1,392         1,779  2,238  3,083
+    TinyLlama-1.1B              848    946  1,013  1,109  1,372  1,640  2,154
+      driver's shared memory    927  1,097  1,074  1,182  1,433  1,686  2,154
+    Llama-2-7B, 8 layers      1,217  1,392         1,728  2,174  3,043
 
 `mini-llm dispatch MODEL --all` shows what was measured here.
 """
@@ -148,44 +147,57 @@ def _in_registers(op: str, rows: int, wide: bool) -> list[Choice]:
 
 def _with_streams(found: list[Choice], op: str, rows: int, wide: bool) -> list[Choice]:
     """`found` and the stream tiles, in the order of what whole steps preferred."""
-    chosen: dict[str, list[Choice]]
-    if rows <= 16:
+    s, chosen = StreamTiles, dict[str, list[Choice]]()
+    if rows <= 16 and wide:
         chosen = {
-            "qkv": [StreamTiles(128, 1, 4, 4)] if wide else [StreamTiles(64, 2, 4, 6)],
-            "o": [StreamTiles(64, 2, 4, 4)],
-            "gate_up": [StreamTiles(64, 1, 4, 4), StreamTiles(32, 1, 4, 6)],
-            "down": [StreamTiles(64, 2, 4, 6)] if wide else [StreamTiles(64, 3, 4, 6)],
-            "head": [StreamTiles(64, 1, 4, 3)],
+            "qkv": [s(128, 1, 4, 3, 128), s(128, 1, 4, 4)],
+            "o": [s(64, 4, 4, 3, 128), s(64, 2, 4, 4, 128)],
+            "gate_up": [s(32, 1, 4, 4), *found[:1], s(64, 1, 4, 3, 128)],
+            "down": [s(64, 4, 4, 3, 128), s(64, 2, 4, 4, 128)],
+            "head": [s(64, 1, 4, 3, 128)],
         }
-        first = (op == "qkv" and wide) or (op == "head" and not wide) or (op == "gate_up" and rows > 8 and not wide)
-        return chosen[op] + found if first else found[:1] + chosen[op] + found[1:]
-    splits = 2 if wide else 4
-    if rows <= 32:
+    elif rows <= 8:
         chosen = {
-            "qkv": [StreamTiles(128, 1, 4, 6), StreamTiles(128, 1, 4, 4), StreamTiles(64, 3, 4, 4), StreamTiles(64, 2, 4, 6)],
-            "o": [StreamTiles(64, splits, 4, 6), StreamTiles(64, 2, 4, 4), TensorTiles(64, 128, splits, 4, 5)],
-            "gate_up": [StreamTiles(64, 1, 4, 4 if wide else 6), StreamTiles(32, 1, 4, 6), StreamTiles(64, 1, 4, 3)],
-            "down": [StreamTiles(64, splits, 4, 6), StreamTiles(64, 3, 4, 6), TensorTiles(64, 128, splits, 4, 5)],
-            "head": [StreamTiles(128, 1, 8, 6 if wide else 4), StreamTiles(64, 1, 4, 4)],
+            "qkv": [*found[:1], s(64, 2, 4, 2, 256)],
+            "o": found[:1],
+            "gate_up": [*found[:1], s(64, 1, 4, 2, 128)],
+            "down": [*found[:1], s(64, 3, 4, 6)],
+            "head": [s(64, 1, 4, 3, 128), *found[:1], s(128, 1, 8, 2, 128)],
         }
+    elif rows <= 16:
+        chosen = {
+            "qkv": [*found[:1], s(64, 2, 4, 4, 128)],
+            "o": [*found[:1], s(64, 2, 4, 2, 256)],
+            "gate_up": [s(64, 1, 4, 3, 128), s(64, 1, 4, 4)],
+            "down": [s(64, 4, 4, 3, 128), *found[:1]],
+            "head": [s(128, 1, 8, 2, 128), s(64, 1, 4, 3)],
+        }
+    elif rows <= 32:
+        chosen = {
+            "qkv": [s(128, 1, 8, 3, 128), s(128, 1, 4, 6), s(64, 2, 4, 4, 128), s(64, 3, 4, 4)],
+            "o": [s(64, 2, 4, 4, 128), s(64, 2, 4, 6)] if wide else [
+                s(64, 2, 4, 2, 256), s(64, 4, 4, 3, 128), TensorTiles(64, 128, 4, 4, 5)],
+            "gate_up": [s(64, 1, 4, 3, 128), s(64, 1, 4, 4), s(32, 1, 4, 6)],
+            "down": [s(64, 2, 4, 3, 128), s(64, 2, 4, 6)] if wide else [s(64, 4, 4, 2, 256), s(64, 4, 4, 4, 128), s(64, 4, 4, 6)],
+            "head": [s(64, 1, 4, 3, 128), s(128, 1, 8, 6)] if wide else [s(128, 1, 8, 4), s(64, 1, 4, 3, 128)],
+        }  # fmt: skip
     elif rows <= 64:
         chosen = {
-            "qkv": [StreamTiles(128, 1, 4, 6), "library"] if wide else ["library"],
-            "o": ["library", StreamTiles(64, 4, 4, 6), TensorTiles(64, 128, 2, 4, 5)],
-            "gate_up": [StreamTiles(128, 1, 8, 3) if wide else StreamTiles(64, 1, 4, 6), StreamTiles(64, 1, 4, 4),
-                        StreamTiles(32, 1, 4, 6)],
-            "down": [TensorTiles(64, 128, splits, 4, 5), StreamTiles(64, 4, 4, 6)],
-            "head": [StreamTiles(64, 1, 4, 4) if wide else StreamTiles(128, 1, 8, 3)],
-        }  # fmt: skip
+            "qkv": [s(128, 1, 8, 3, 128), s(128, 1, 4, 6), "library"] if wide else ["library", s(64, 2, 4, 2, 256)],
+            "o": [s(64, 2, 4, 4, 128) if wide else s(64, 2, 4, 2, 256), s(64, 4, 4, 3, 128), "library"],
+            "gate_up": [s(128, 1, 8, 2, 128) if wide else s(64, 1, 4, 3, 128), s(32, 1, 4, 4), s(64, 1, 4, 4)],
+            "down": [s(64, 4, 4, 3, 128) if wide else s(64, 3, 4, 4, 128), s(64, 4, 4, 4, 128), s(64, 4, 4, 2, 256)],
+            "head": [s(64, 1, 4, 4), s(64, 1, 4, 3, 128)] if wide else [s(128, 1, 8, 2, 128), s(128, 1, 8, 3)],
+        }
     else:
         chosen = {
-            "qkv": ["library"],
-            "o": ["library"],
-            "gate_up": [StreamTiles(128, 1, 8, 3) if wide else StreamTiles(64, 1, 8, 4)],
-            "down": [StreamTiles(64, 2, 8, 6)] if wide else ["library", StreamTiles(64, 4, 8, 6)],
-            "head": [StreamTiles(64, 1, 8, 3)],
+            "qkv": [s(128, 1, 8, 3, 128), "library"] if wide else ["library"],
+            "o": [s(64, 2, 8, 4, 128), "library"] if wide else ["library"],
+            "gate_up": [s(128, 1, 8, 2, 128), s(128, 1, 8, 3)] if wide else [s(32, 1, 8, 4), s(64, 1, 8, 4)],
+            "down": [s(64, 2, 8, 6), s(64, 2, 8, 4, 128)] if wide else [s(64, 4, 8, 4, 128), "library", s(64, 4, 8, 3, 128)],
+            "head": [s(64, 1, 8, 3), s(128, 1, 8, 2, 128)],
         }
-    return chosen[op]
+    return chosen[op] + found
 
 
 def _in_shared(op: str, rows: int, wide: bool) -> list[Choice]:
@@ -216,8 +228,12 @@ def shared_candidates(config: ModelConfig, rows: int) -> list[int]:
     """Percents of a multiprocessor's memory as shared memory, the likeliest first."""
     if not has_wgmma():
         return [DRIVERS_CHOICE]
-    wide, narrow = 0 if rows == 1 else 50 if rows <= 16 else 75, 25 if rows <= 32 else 75
-    likeliest = wide if config.hidden_size >= 4096 else narrow
+    if config.hidden_size >= 4096:
+        likeliest = 0 if rows == 1 else 50 if rows <= 16 else 75
+    elif rows <= 8 or 16 < rows <= 32:
+        likeliest = 25
+    else:
+        likeliest = 75 if rows <= 64 else 100
     return list(dict.fromkeys([likeliest, 25, 50, 75, 100 if rows > 16 else 0, DRIVERS_CHOICE]))
 
 

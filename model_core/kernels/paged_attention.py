@@ -45,7 +45,10 @@ def prefill_tiles(group: int, head_dim: int, dtype: torch.dtype) -> Tiles:
 @functools.cache
 def _much_shared_memory() -> bool:
     """Whether a program may have the 128 KiB that the larger tiles take (Ampere's and Hopper's data-center GPUs)."""
-    return torch.cuda.is_available() and torch.cuda.get_device_properties(0).shared_memory_per_block_optin >= 160 << 10
+    if not torch.cuda.is_available():
+        return False
+    most: int = getattr(torch.cuda.get_device_properties(0), "shared_memory_per_block_optin", 0)  # not in torch's stubs
+    return most >= 160 << 10
 
 
 def block_tokens(group: int, head_dim: int, dtype: torch.dtype) -> int:

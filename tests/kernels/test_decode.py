@@ -144,7 +144,7 @@ def test_products_in_registers(device, close, kind, tiles):
 
 
 @pytest.mark.skipif(not GPU or torch.cuda.get_device_capability()[0] != 9, reason="wgmma is Hopper's")
-@pytest.mark.parametrize("tiles", [StreamTiles(64, 1, 4, 2), StreamTiles(64, 4, 4, 1), StreamTiles(64, 2, 4, 2)])
+@pytest.mark.parametrize("tiles", [StreamTiles(64, 1, 4, 2), StreamTiles(64, 4, 4, 1), StreamTiles(64, 2, 4, 1, 128)])
 @pytest.mark.parametrize("count", [3, 20, 128])
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_products_in_a_stream(device, close, kind, count, tiles):
@@ -175,8 +175,8 @@ def test_products_in_a_stream(device, close, kind, count, tiles):
     expected = torch.empty_like(out, dtype=torch.float32)
     gate_up_torch(case.x[again], case.gain, case.w_gate_up, expected, eps=EPS)
     for rows_of_half in (64, 32):
-        gate_up_tiles(case.stream(case.x[again]), case.w_gate_up, out, eps=EPS, tiles=replace(tiles, rows=rows_of_half),
-                      pdl=case.pdl, space=case.space)  # fmt: skip
+        gate_up_tiles(case.stream(case.x[again]), case.w_gate_up, out, eps=EPS, pdl=case.pdl, space=case.space,
+                      tiles=replace(tiles, rows=rows_of_half, chunk=tiles.chunk if rows_of_half == 64 else 64))  # fmt: skip
         close(out, expected, bound(dtype))
     logits, exact = (torch.empty(count, 256, device=device) for _ in range(2))
     head_tiles(case.stream(case.x[again]), case.w_head[:256], logits, eps=EPS, tiles=replace(tiles, splits=1), pdl=case.pdl)

@@ -1,10 +1,10 @@
 """The tile kernels a third time, for 24 to 128 rows on Hopper: weights stream through shared memory by TMA into wgmma.
 
 A program multiplies `rows` rows of W (a multiple of 64, wgmma's height) by all rows of x. One thread asks for whole tiles
-(TMA), so that no warp spends its time on addresses, and the first `stages` tiles of W are asked for before the launch's wait: they
-arrive while the kernel before still runs. Where rows of W are too few for all multiprocessors, `splits` programs share K; the
-last to arrive adds their parts in order. The kernels take the arguments of their Triton twins in qkv.py, project.py, gate_up.py
-and head.py, which are their references and what runs elsewhere; their epilogues are those of registers.py.
+(TMA), so that no warp spends its time on addresses, and the first `stages` tiles of W are asked for before the launch's wait:
+they arrive while the kernel before still runs. Where rows of W are too few for all multiprocessors, `splits` programs share K;
+the last to arrive adds their parts in order. The kernels take the arguments of their Triton twins in qkv.py, project.py,
+gate_up.py and head.py, which are their references and what runs elsewhere; their epilogues are those of registers.py.
 """
 
 from __future__ import annotations
@@ -30,23 +30,25 @@ if triton is not None and gl.constexpr is not int:
     from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-_CHUNK = 64  # columns of a tile: 128 bytes, what TMA swizzles
-
 
 @dataclass(frozen=True)
 class StreamTiles:
     """rows: rows of W per program (of each half where there are pairs), a multiple of 64, or 32 of each half; splits: programs
-    along K; warps: 4 or 8; stages: tiles in flight."""
+    along K; warps: 4 or 8; stages: tiles in flight; chunk: columns of a tile, a multiple of 64
+    (128 bytes, what TMA swizzles)."""
 
     rows: int
     splits: int
     warps: int
     stages: int
+    chunk: int = 64
 
     def divides(self, width: int) -> bool:
         """Whether K = width columns fall into whole tiles, at least `stages` for every split: none may be asked for in vain."""
-        turns = width // _CHUNK
-        return width % _CHUNK == 0 and turns - (self.splits - 1) * cdiv(turns, self.splits) >= self.stages
+        turns = width // self.chunk
+        if width % self.chunk or (self.rows < 64 and self.chunk > 64):  # halves of a tile meet in blocks of 64 columns only
+            return False
+        return turns - (self.splits - 1) * cdiv(turns, self.splits) >= self.stages
 
     def grid(self, out_rows: int, count: int) -> tuple[int, int, int]:
         assert out_rows % self.rows == 0, (out_rows, self)
@@ -60,8 +62,8 @@ def descriptors(weight: torch.Tensor, x: torch.Tensor, tiles: StreamTiles) -> tu
     """What TMA must know of W [N, K] and x [M, K]; rows of x past M read as zeros."""
     found = []
     for tensor, rows in ((weight, tiles.rows), (x, columns(x.shape[0]))):
-        layout = gl.NVMMASharedLayout.get_default_for([rows, _CHUNK], _element(tensor.dtype))
-        found.append(TensorDescriptor.from_tensor(tensor, [rows, _CHUNK], layout))
+        layout = gl.NVMMASharedLayout.get_default_for([rows, tiles.chunk], _element(tensor.dtype))
+        found.append(TensorDescriptor.from_tensor(tensor, [rows, tiles.chunk], layout))
     return found[0], found[1]
 
 
