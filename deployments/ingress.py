@@ -9,6 +9,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 
 from deployments.api.app import create_app
+from deployments.api.tracing import open_tracer
 from deployments.logs import log_to_stderr
 from deployments.transport.base import Transport
 from model_core.tokenizer import load_tokenizer
@@ -35,7 +36,8 @@ class Api:
         transport = open_transport(self._args.transport, self._model)
         # Serve's proxies put x-request-id on every response themselves; twice, clients would read "a, a"
         args = self._args
-        return create_app(transport, self._tokenizer, args.limits, args.access, tag_responses=False)
+        tracer = None if args.tracing is None else open_tracer(args.tracing)
+        return create_app(transport, self._tokenizer, args.limits, args.access, tracer=tracer, tag_responses=False)
 
 
 def open_transport(kind: str, model: DeploymentHandle) -> Transport:

@@ -8,8 +8,9 @@ from dataclasses import fields
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from deployments.exporter import missing_exporter
 from deployments.protocol.access import Access
 from deployments.protocol.limits import Limits
 from model_core.engine.config import EngineConfig
@@ -147,7 +148,21 @@ class AppArgs(BaseModel):
     )
     engine: EngineSettings = Field(default_factory=EngineSettings, description="Settings of each engine.")
     limits: Limits = Field(default_factory=Limits, description="What one HTTP request may ask for.")
+    tracing: str | None = Field(
+        default=None,
+        pattern="^https?://",
+        description="OTLP/HTTP address for an OpenTelemetry span per request, e.g. http://127.0.0.1:4318/v1/traces; needs the "
+        "extra `otel`.",
+    )
     access: Access = Field(default_factory=Access, description="Who may use the HTTP API.")
+
+    @field_validator("tracing")
+    @classmethod
+    def _can_trace(cls, value: str | None) -> str | None:
+        missing = None if value is None else missing_exporter()
+        if missing:
+            raise ValueError(f"spans cannot be sent without an exporter: {missing}")
+        return value
 
     @model_validator(mode="before")
     @classmethod

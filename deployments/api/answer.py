@@ -56,6 +56,7 @@ class Answer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service, job = self._service, self._job
+        scope["mini_llm.job"] = job  # for a span
         count = len(job.choices)
         await service.gate.check(count)
         with service.gate.hold(count):

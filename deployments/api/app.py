@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,6 +24,7 @@ from deployments.api.job import chat_job, completion_job
 from deployments.api.keys import KeyRing
 from deployments.api.metrics import CONTENT_TYPE
 from deployments.api.service import Service
+from deployments.api.tracing import Tracer
 from deployments.protocol.access import Access
 from deployments.protocol.body import read_json
 from deployments.protocol.errors import ApiError, loading, model_not_found
@@ -39,11 +41,13 @@ def create_app(
     limits: Limits,
     access: Access | None = None,
     *,
+    tracer: Tracer | None = None,
     tag_responses: bool = True,
 ) -> Starlette:
     """The API over one served model. The app starts and closes the transport with its lifespan.
 
     access: keys and CORS, as Access.settled() gives it; None lets everybody in.
+    tracer: gets a span of every generation request; closed with the app.
     tag_responses: send the header x-request-id (Ray Serve's proxies send it themselves).
     app.state.service is the Service; app.state.service.gate.drain() stops admission.
     """
@@ -71,9 +75,11 @@ def create_app(
             service.gate.drain()
             await transport.close()
             service.close()
+            if tracer is not None:
+                await asyncio.to_thread(tracer.close)
 
     paths = frozenset(route.path for route in routes)
-    layers = [Middleware(Edge, metrics=service.metrics, routes=paths, tag_responses=tag_responses)]
+    layers = [Middleware(Edge, metrics=service.metrics, routes=paths, tag_responses=tag_responses, tracer=tracer)]
     if access is not None:
         layers += _guards(access)
     app = Starlette(

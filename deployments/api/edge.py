@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api.metrics import Metrics
 from deployments.api.record import Record
+from deployments.api.tracing import Tracer
 from deployments.protocol.body import ClientGone
 from deployments.protocol.errors import ApiError, internal_error
 
@@ -29,8 +30,11 @@ class Edge:
     scope["mini_llm.record"] is the request's Record; scope["mini_llm.send"] the server's own send.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, routes: frozenset[str], tag_responses: bool) -> None:
+    def __init__(
+        self, app: ASGIApp, *, metrics: Metrics, routes: frozenset[str], tag_responses: bool, tracer: Tracer | None
+    ) -> None:
         self._app = app
+        self._tracer = tracer
         self._metrics = metrics
         self._routes = routes
         self._tag_responses = tag_responses
@@ -73,6 +77,8 @@ class Edge:
             if record.status in (429, 503):
                 self._metrics.rejected[record.error or "other"] += 1
             record.write()
+            if self._tracer is not None:
+                self._tracer.write(record, scope)
 
 
 def error_response(error: ApiError, scope: Scope) -> Response:

@@ -16,6 +16,7 @@ import uvicorn
 from pydantic import ConfigDict
 
 from deployments.api.app import create_app
+from deployments.api.tracing import Tracer
 from deployments.protocol.access import Access
 from deployments.protocol.limits import Limits
 from deployments.transport.base import NotReady
@@ -181,10 +182,10 @@ class Server:
     encode = staticmethod(encode)
     events = staticmethod(events)
 
-    def __init__(self, tokenizer: Tokenizer, access: Access | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, access: Access | None = None, tracer: Tracer | None = None) -> None:
         self.fake = FakeTransport()
         self.limits = LimitsForTests()
-        self.app = create_app(self.fake, tokenizer, self.limits, access)
+        self.app = create_app(self.fake, tokenizer, self.limits, access, tracer=tracer)
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)  # else the kernel holds megabytes of answers
         listener.bind(("127.0.0.1", 0))
@@ -277,8 +278,8 @@ def fresh_server() -> Iterator[Callable[..., Server]]:
     """Makes servers of a test's own: fresh_server(chat=False) has a model without a chat template."""
     servers: list[Server] = []
 
-    def make(chat: bool = True, access: Access | None = None) -> Server:
-        servers.append(Server(make_tokenizer(chat), access))
+    def make(chat: bool = True, access: Access | None = None, tracer: Tracer | None = None) -> Server:
+        servers.append(Server(make_tokenizer(chat), access, tracer))
         return servers[-1]
 
     yield make
