@@ -45,7 +45,7 @@ class Edge:
             return
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
         request_id = given if _GOOD_ID.fullmatch(given) else uuid.uuid4().hex.encode()
-        path = scope["path"]
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # of an application with a route_prefix
         # unknown paths share one label: a scanner must not create a time series per guess
         route = path if path in self._routes else "/v1/models/{id}" if path.startswith("/v1/models/") else "other"
         record = Record(request_id.decode(), scope["method"], route)

@@ -18,7 +18,7 @@ _EXPOSED = ("x-request-id", "retry-after", "x-should-retry", "x-ratelimit-limit-
 
 
 class Guard:
-    """ASGI middleware: a key for every path but the open ones, and its limits for every POST."""
+    """ASGI middleware inside Edge: a key for every route but the open ones, and its limits for every POST."""
 
     def __init__(self, app: ASGIApp, *, keys: KeyRing, open_paths: frozenset[str]) -> None:
         self._app = app
@@ -26,7 +26,7 @@ class Guard:
         self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in self._open_paths:
+        if scope["type"] != "http" or scope["mini_llm.record"].route in self._open_paths:
             await self._app(scope, receive, send)
             return
         holder = self._keys.find(_key_of(scope))

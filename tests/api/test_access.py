@@ -1,5 +1,6 @@
 """API keys, their limits, CORS: who gets in, and what the others are told."""
 
+import asyncio
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import openai
 import pytest
 import yaml
 
+from deployments.api.app import create_app
 from deployments.api.keys import RELOAD_S, Bucket, KeyRing
 from deployments.protocol.access import Access, ApiKey, read_keys
 from deployments.settings import AppArgs, parse_args
@@ -227,6 +229,31 @@ def test_settled_access_holds_digests_only(tmp_path, monkeypatch):
     assert not any(key.key or key.env for key in settled.keys) and "k1" not in repr(access)
     ring = KeyRing(settled)
     assert [ring.find(key).key.name for key in (b"k1", b"k2", b"k3")] == ["a", "b", "c"]
+
+
+def test_an_application_below_a_prefix(server, caplog):
+    """As Serve runs it with a route_prefix: the same paths are open, and routes have the same names in the log."""
+    caplog.set_level("DEBUG", "mini_llm.access")
+    app = create_app(server.fake, server.app.state.service.tokenizer, server.limits, keys())
+
+    async def ask(method, path, headers=()):
+        sent = []
+
+        async def receive():
+            return {"type": "http.request", "body": json.dumps(BODY).encode()}
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": method, "path": path, "root_path": "/twin", "headers": list(headers)}
+        await app({**scope, "query_string": b"", "server": ("127.0.0.1", 80), "scheme": "http"}, receive, send)
+        return sent[0]["status"]
+
+    headers = [(b"content-type", b"application/json"), (b"x-api-key", b"sk-bob")]
+    asked = [("GET", "/twin/health"), ("GET", "/twin/metrics"), ("GET", "/twin/v1/models"), ("GET", "/twin/v1/models", headers)]
+    assert [asyncio.run(ask(*one)) for one in asked] == [200, 200, 401, 200]
+    lines = [json.loads(record.getMessage()) for record in caplog.records]
+    assert [line["route"] for line in lines] == ["/health", "/metrics", "/v1/models", "/v1/models"]
 
 
 def test_cors(fresh_server, server):
