@@ -113,6 +113,12 @@ class Answer:
                 slowest = max(slowest, spent / (choice.tokens - 1))
         if slowest:
             record.tpot_ms = round(slowest * 1e3, 3)
+        metrics.count_gen_ai(
+            "chat" if job.is_chat else "text_completion",
+            duration=record.seconds(),
+            first=min(firsts) - record.begun if firsts else None,
+            further=slowest or None,
+        )
 
 
 class WholeAnswer(Answer):

@@ -27,6 +27,14 @@ _E2E = (.01, .02, .05, .1, .2, .3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40
         960, 1920, 7680)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 _SMALL = (1, 2, 5, 10, 20)
+_GEN_AI = {  # OpenTelemetry's server metrics, with the buckets that its conventions advise
+    "duration": ("gen_ai_server_request_duration_seconds", "Requests that were let in, whole.",
+                 (.01, .02, .04, .08, .16, .32, .64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)),
+    "first": ("gen_ai_server_time_to_first_token_seconds", "From a request's arrival to its first token.",
+              (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10)),
+    "further": ("gen_ai_server_time_per_output_token_seconds", "Mean time per token after the first.",
+                (.01, .025, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5)),
+}
 # fmt: on
 
 
@@ -99,6 +107,7 @@ class Metrics:
         self.rejected: Counter[str] = Counter()  # by error code
         self.http: Counter[tuple[str, str, str]] = Counter()  # method, route, status
         self.http_time: dict[tuple[str, str], Histogram] = {}  # method, route
+        self.gen_ai: dict[tuple[str, str], Histogram] = {}  # key of _GEN_AI, operation
         self.unknown_fields = 0
         self.cached_tokens = 0
 
@@ -109,6 +118,16 @@ class Metrics:
         if histogram is None:
             histogram = self.http_time[method, route] = Histogram("http_request_duration_seconds", "", _E2E)
         histogram.observe(seconds)
+
+    def count_gen_ai(self, operation: str, **seconds: float | None) -> None:
+        """One request under OpenTelemetry's names: seconds by key of _GEN_AI. operation: "chat" or "text_completion"."""
+        for key, value in seconds.items():
+            if value is None:
+                continue
+            histogram = self.gen_ai.get((key, operation))
+            if histogram is None:
+                histogram = self.gen_ai[key, operation] = Histogram(*_GEN_AI[key])
+            histogram.observe(value)
 
     def histograms(self) -> Iterator[Histogram]:
         return (value for value in vars(self).values() if isinstance(value, Histogram))
@@ -142,6 +161,13 @@ class Metrics:
         for names, histogram in self.http_time.items():
             histogram.add_to(times, *names)
         yield times
+        labels_of = ["gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model"]
+        for key, (name, help, _) in _GEN_AI.items():
+            family = HistogramMetricFamily(name, help, labels=labels_of)
+            for (kind, operation), histogram in self.gen_ai.items():
+                if kind == key:
+                    histogram.add_to(family, operation, "mini-llm-infra", model)
+            yield family
 
 
 def _engine_families(model: str, pool_tokens: int, stats: Sequence[EngineStats]) -> Iterator[Metric]:

@@ -317,6 +317,9 @@ def test_metrics(server):
     pool = [("block_size", "40"), engine, model, ("num_gpu_blocks", "100")]
     assert after[("vllm:cache_config_info", *pool)] == 1
     assert grown("http_request_duration_seconds_count", *labels) == 2
+    for name in ("request_duration", "time_to_first_token", "time_per_output_token"):
+        who = [("gen_ai_operation_name", "chat"), ("gen_ai_provider_name", "mini-llm-infra")]
+        assert grown(f"gen_ai_server_{name}_seconds_count", *who, ("gen_ai_request_model", "acme/tiny")) == 1
     assert ("vllm:num_requests_running", engine, model) in after
 
 
