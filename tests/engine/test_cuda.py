@@ -25,7 +25,8 @@ def folder(tmp_path_factory):
 
 def run(folder, requests, **config):
     """Token ids and finish reasons by request id."""
-    engine = Engine.load(folder, EngineConfig(dtype="float32", kv_cache_bytes=config.pop("kv", 8 << 20), **config))
+    config = {"dtype": "float32", "kv_cache_bytes": config.pop("kv", 8 << 20)} | config
+    engine = Engine.load(folder, EngineConfig(**config))
     tokens, finishes, done = {}, {}, threading.Event()
 
     def on_step(events):
@@ -105,6 +106,21 @@ def test_an_abort_in_flight_frees_its_pages(folder):
     engine.shutdown()
     stats = engine.stats()
     assert stats.pages_free + stats.pages_cached == stats.pages_total
+
+
+@pytest.mark.parametrize("params", [dict(temperature=0.0), dict(temperature=1.0, seed=7, top_p=0.9)], ids=["greedy", "seeded"])
+def test_chained_launches_change_no_bit(folder, params):
+    """Flat logits of random weights: one rounding elsewhere would choose another of 320 tokens."""
+    with_pdl, without = (run(folder, requests(**params), device="cuda", dtype="bfloat16", pdl=pdl)[0] for pdl in (True, False))
+    assert with_pdl == without
+
+
+def test_smollm2_gives_the_same_tokens_by_graphs_by_launches_and_by_references(smollm2_dir):
+    ask = [Request(f"r{row}", [1 + (37 * place * (row + 1)) % 40_000 for place in range(length)],
+                   SamplingParams(max_tokens=48, temperature=0.0, ignore_eos=True)) for row, length in enumerate([3, 30, 200])]
+    ways: list[dict] = [{}, {"cuda_graphs": False}, {"kernels": {"default": "torch"}}]
+    graphs, launches, references = (run(smollm2_dir, ask, device="cuda", kv=64 << 20, **way)[0] for way in ways)
+    assert graphs == launches == references
 
 
 def test_bfloat16_stays_near_float32(folder):
