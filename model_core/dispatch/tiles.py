@@ -178,7 +178,8 @@ def _with_streams(found: list[Choice], op: str, rows: int, wide: bool) -> list[C
             "o": [s(64, 2, 4, 4, 128), s(64, 2, 4, 6)] if wide else [
                 s(64, 2, 4, 2, 256), s(64, 4, 4, 3, 128), TensorTiles(64, 128, 4, 4, 5)],
             "gate_up": [s(64, 1, 4, 3, 128), s(64, 1, 4, 4), s(32, 1, 4, 6)],
-            "down": [s(64, 2, 4, 3, 128), s(64, 2, 4, 6)] if wide else [s(64, 4, 4, 2, 256), s(64, 4, 4, 4, 128), s(64, 4, 4, 6)],
+            "down": [s(64, 2, 4, 3, 128), s(64, 2, 4, 6)] if wide else [
+                s(64, 4, 4, 2, 256), s(64, 4, 4, 4, 128), s(64, 4, 4, 6)],
             "head": [s(64, 1, 4, 3, 128), s(128, 1, 8, 6)] if wide else [s(128, 1, 8, 4), s(64, 1, 4, 3, 128)],
         }  # fmt: skip
     elif rows <= 64:
