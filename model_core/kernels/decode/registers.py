@@ -1,4 +1,4 @@
-"""The tile kernels once more, for up to 32 rows: weights go from memory straight into the registers that the tensor cores read,
+"""The tile kernels once more, for up to 16 rows: weights go from memory straight into the registers that the tensor cores read,
 most of them before the launch's wait, and the warps of a program share out K, so that no other program has a part of the sum.
 
 Written in Gluon (Triton with explicit layouts), for three things that Triton does not let one say. A warp's fragment of W
