@@ -73,7 +73,8 @@ def test_an_engine_logs_its_waterfall_and_the_line_of_it(folder, caplog, monkeyp
     assert [step.name for step in parts.startup.steps] == names and parts.startup.steps[0].began == 0
     lines = [record.getMessage() for record in caplog.records]
     at = next(index for index, line in enumerate(lines) if line.startswith("start-up: "))
-    assert [line.split("  ")[1].strip() for line in lines[at - len(names) : at]] == names
+    shown = lines[at - len(names) : at]  # seconds since this process began: minutes, in a whole run of the tests
+    assert all(line.strip().startswith(f"{name} ") for line, name in zip(shown, names, strict=True)), shown
     words = [part.split() for part in lines[at].removeprefix("start-up: ").split(", ")]
     assert [" ".join(words[:-2]) for words in words] == names and {words[-1] for words in words} == {"s"}
     assert sum(float(words[-2]) for words in words) == pytest.approx(parts.startup.steps[-1].ended, abs=0.05)
