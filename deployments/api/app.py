@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
+from deployments.api import contract
 from deployments.api.answer import Answer, Json, answer
 from deployments.api.edge import Edge, on_api_error, on_http_error
 from deployments.api.guard import OPEN_PATHS, Cors, Guard
+from deployments.api.incoming import read_body
 from deployments.api.job import chat_job, completion_job
 from deployments.api.keys import KeyRing
 from deployments.api.metrics import CONTENT_TYPE
 from deployments.api.service import Service
+from deployments.api.texts import TextRoutes
 from deployments.api.tracing import Tracer
 from deployments.protocol.access import Access
-from deployments.protocol.body import read_json
 from deployments.protocol.errors import ApiError, loading, model_not_found
 from deployments.protocol.limits import Limits
 from deployments.protocol.requests import parse_chat, parse_completion
@@ -52,12 +52,21 @@ def create_app(
     app.state.service is the Service; app.state.service.gate.drain() stops admission.
     """
     service = Service(transport, tokenizer, limits, version=_version())
-    endpoints = Endpoints(service)
+    endpoints, texts = Endpoints(service), TextRoutes(service)
     routes = [
         Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
         Route("/v1/completions", endpoints.completions, methods=["POST"]),
         Route("/v1/models", endpoints.models),
+        Route("/chat/completions", endpoints.chat, methods=["POST"]),  # base URLs without /v1
+        Route("/completions", endpoints.completions, methods=["POST"]),
+        Route("/models", endpoints.models),
         Route("/v1/models/{id:path}", endpoints.model),
+        Route("/v1/capabilities", endpoints.capabilities),
+        Route("/tokenize", texts.tokenize, methods=["POST"]),
+        Route("/detokenize", texts.detokenize, methods=["POST"]),
+        Route("/tokenizer_info", texts.tokenizer_info),
+        Route("/openapi.json", endpoints.openapi),
+        Route("/docs", endpoints.docs),
         Route("/health", endpoints.health),
         Route("/ready", endpoints.ready),
         Route("/metrics", endpoints.metrics),
@@ -107,13 +116,13 @@ class Endpoints:
         self._service = service
 
     async def chat(self, request: Request) -> Answer:
-        body = await self._body(request)
+        body = await read_body(self._service, request)
         parsed, unknown = parse_chat(body, self._service.limits)
         self._service.metrics.unknown_fields += len(unknown)
         return answer(self._service, await chat_job(self._service, parsed, request.scope["mini_llm.record"]))
 
     async def completions(self, request: Request) -> Answer:
-        body = await self._body(request)
+        body = await read_body(self._service, request)
         parsed, unknown = parse_completion(body, self._service.limits)
         self._service.metrics.unknown_fields += len(unknown)
         return answer(self._service, await completion_job(self._service, parsed, request.scope["mini_llm.record"]))
@@ -153,6 +162,15 @@ class Endpoints:
     async def version(self, request: Request) -> Response:
         return Json({"version": self._service.version})
 
+    async def capabilities(self, request: Request) -> Response:
+        return Json(contract.capabilities())
+
+    async def openapi(self, request: Request) -> Response:
+        return Json(contract.openapi(self._service.version))
+
+    async def docs(self, request: Request) -> Response:
+        return HTMLResponse(contract.page(self._service.version))
+
     async def dispatch(self, request: Request) -> Response:
         await self._service.info()
         try:
@@ -167,17 +185,11 @@ class Endpoints:
                 "version": self._service.version,
                 "generate": ["POST /v1/chat/completions", "POST /v1/completions"],
                 "models": ["GET /v1/models", "GET /v1/models/{id}"],
+                "tokens": ["POST /tokenize", "POST /detokenize", "GET /tokenizer_info"],
+                "describe": ["GET /v1/capabilities", "GET /openapi.json", "GET /docs"],
                 "operate": ["GET /health", "GET /ready", "GET /metrics", "GET /version", "GET /debug/dispatch"],
             }
         )
-
-    async def _body(self, request: Request) -> dict[str, Any]:
-        """Admission comes first: an overloaded server must not spend its time on parsing and tokenising."""
-        await self._service.gate.check(1)
-        headers = dict(request.scope["headers"])
-        body = await read_json(headers, request.receive, self._service.limits.max_body_bytes)
-        request.scope["mini_llm.record"].received_at = time.perf_counter()
-        return body
 
 
 def _version() -> str:

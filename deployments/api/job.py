@@ -62,7 +62,7 @@ async def chat_job(service: Service, request: ChatRequest, record: Record) -> Jo
             messages = for_template(request.messages)
             ids = await _encode_messages(service, info, messages, request)
     except RequestError as error:
-        raise _refused(error) from None
+        raise refused(error) from None
     _check_room(info, ids, "messages" if request.prompt is None else "prompt")
     return _job(service, info, request, record, [ids], None)
 
@@ -82,7 +82,7 @@ async def completion_job(service: Service, request: CompletionRequest, record: R
             if request.max_tokens:
                 _check_room(info, prompts[-1], "prompt")
     except RequestError as error:
-        raise _refused(error) from None
+        raise refused(error) from None
     echoes = None
     if request.echo:
         decode = service.tokenizer.decode
@@ -98,8 +98,8 @@ def _job(
     prompts: list[list[int]],
     echoes: list[str] | None,
 ) -> Job:
-    _check_ids(info, request.stop_token_ids, "stop_token_ids")
-    _check_ids(info, list(request.logit_bias), "logit_bias")
+    check_ids(info, request.stop_token_ids, "stop_token_ids")
+    check_ids(info, list(request.logit_bias), "logit_bias")
     is_chat = isinstance(request, ChatRequest)
     head = Head(
         ("chatcmpl-" if is_chat else "cmpl-") + uuid.uuid4().hex,
@@ -227,7 +227,7 @@ async def _encode_prompt_as_chat(service: Service, info: EngineInfo, prompt: str
 
 async def _encode_prompt(service: Service, info: EngineInfo, prompt: str | list[int], special: bool) -> list[int]:
     if not isinstance(prompt, str):
-        _check_ids(info, prompt, "prompt")
+        check_ids(info, prompt, "prompt")
         return prompt
     least = service.least_tokens(prompt)
     if least >= info.context_length:
@@ -246,7 +246,8 @@ def _check_room(info: EngineInfo, ids: list[int], noun: str) -> None:
         raise context_too_long(limit, len(ids), noun=noun)
 
 
-def _check_ids(info: EngineInfo, ids: list[int], param: str) -> None:
+def check_ids(info: EngineInfo, ids: list[int], param: str) -> None:
+    """Raises ApiError 400 for an id that the model has not."""
     if ids and (min(ids) < 0 or max(ids) >= info.vocab_size):
         bad = next(i for i in ids if not 0 <= i < info.vocab_size)
         raise bad_request(
@@ -255,5 +256,6 @@ def _check_ids(info: EngineInfo, ids: list[int], param: str) -> None:
         )
 
 
-def _refused(error: RequestError) -> ApiError:
+def refused(error: RequestError) -> ApiError:
+    """What the tokenizer or the template refuses, as a 400."""
     return bad_request(str(error), param=error.param, code=error.code or "invalid_value")

@@ -18,7 +18,8 @@ from deployments.exporter import EXPORTER
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
-OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
+OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion", "/chat/completions": "chat",
+              "/completions": "text_completion"}  # fmt: skip
 _REQUEST = ("temperature", "top_p", "top_k", "seed", "frequency_penalty", "presence_penalty", "stream")
 
 

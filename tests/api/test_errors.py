@@ -231,7 +231,7 @@ def test_bodies_over_the_limit(server):
 
 
 def test_unknown_urls_and_wrong_methods(server):
-    for path in ("/v1/nothing", "/v1/chat/completions/", "/docs"):
+    for path in ("/v1/nothing", "/v1/chat/completions/", "/redoc"):
         status, _, body = server.raw("GET", path)
         assert status == 404 and json.loads(body)["error"]["code"] == "unknown_url"
     for method, path, allowed in [

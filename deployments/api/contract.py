@@ -1,0 +1,95 @@
+"""What this API takes, said by the models that parse it: /v1/capabilities, /openapi.json and a page for people."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+from pydantic import BaseModel
+
+from deployments.protocol.fields import BY_NAME
+from deployments.protocol.requests import ChatRequest, CompletionRequest
+from deployments.protocol.tokens import DetokenizeRequest, TokenizeRequest
+
+_WORDS = {"served": "supported", "ignored": "ignored", "refused": "refused"}
+_POSTS: dict[str, tuple[type[BaseModel], str]] = {
+    "/v1/chat/completions": (ChatRequest, "Answer a conversation; streamed as server-sent events if `stream` is true."),
+    "/v1/completions": (CompletionRequest, "Continue texts or token ids; streamed as server-sent events if `stream` is true."),
+    "/tokenize": (TokenizeRequest, "The token ids of a text or a conversation."),
+    "/detokenize": (DetokenizeRequest, "The text of token ids."),
+}  # fmt: skip
+_GETS = {
+    "/v1/models": "The served model.", "/v1/capabilities": "Every request field, and what this server does with it.",
+    "/tokenizer_info": "Begin and end tokens and the chat template.", "/health": "The process is alive.",
+    "/ready": "Requests would be answered; 503 while weights load and while draining.",
+    "/metrics": "Prometheus text.", "/version": "Version of the server.", "/openapi.json": "This API, for tools.",
+    "/docs": "This API, for people.", "/debug/dispatch": "Which kernel computes what, and why.",
+}  # fmt: skip
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {"error": {
+        "type": "object",
+        "required": ["message", "type", "param", "code"],
+        "properties": {"message": {"type": "string"}, "type": {"type": "string"},
+                       "param": {"type": ["string", "null"]}, "code": {"type": ["string", "null"]}},
+    }},
+}  # fmt: skip
+
+
+def capabilities() -> dict[str, Any]:
+    """Each field of each endpoint as supported, refused or ignored."""
+    found: dict[str, list[dict[str, str]]] = {}
+    for path, name in (("/v1/chat/completions", "chat"), ("/v1/completions", "completions")):
+        fields = BY_NAME[name].values()  # type: ignore[index]  # a test keeps table and models in step
+        found[path] = [{"name": one.name, "status": _WORDS[one.status], "note": one.note} for one in fields]
+    for path in ("/tokenize", "/detokenize"):
+        found[path] = [{"name": name, "status": "supported", "note": ""} for name in _POSTS[path][0].model_fields]
+    return {"object": "capabilities", "endpoints": found}
+
+
+def openapi(version: str) -> dict[str, Any]:
+    """An OpenAPI 3.1 document. Bodies have the schemas that validate them; fields of other servers may be sent, too."""
+    schemas: dict[str, Any] = {"Error": _ERROR}
+    failure = {"description": "What is wrong, in OpenAI's envelope", "content": _json({"$ref": "#/components/schemas/Error"})}
+    paths: dict[str, Any] = {}
+    for path, (model, summary) in _POSTS.items():
+        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= schema.pop("$defs", {})
+        schemas[model.__name__] = schema
+        content = _json({"type": "object"})
+        if "stream" in model.model_fields:
+            content["text/event-stream"] = {"schema": {"type": "string"}}
+        body = {"required": True, "content": _json({"$ref": f"#/components/schemas/{model.__name__}"})}
+        paths[path] = {"post": {"summary": summary, "requestBody": body,
+                                "responses": {"200": {"description": "The answer", "content": content},
+                                              "default": failure}}}  # fmt: skip
+    for path, summary in _GETS.items():
+        paths[path] = {"get": {"summary": summary, "responses": {"200": {"description": "The answer"}, "default": failure}}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Mini-LLM-Infra", "version": version},
+        "paths": paths,
+        "components": {"schemas": schemas},
+    }
+
+
+def page(version: str) -> str:
+    """The same as HTML, without scripts or anything from elsewhere."""
+    parts = [f"<!doctype html><meta charset=utf-8><title>Mini-LLM-Infra API</title><style>{_STYLE}</style>",
+             f"<h1>Mini-LLM-Infra {html.escape(version)}</h1>"]  # fmt: skip
+    fields = capabilities()["endpoints"]
+    for path, (_, summary) in _POSTS.items():
+        rows = "".join(f"<tr class={one['status']}><td><code>{html.escape(one['name'])}</code><td>{one['status']}"
+                       f"<td>{html.escape(one['note'])}" for one in fields[path])  # fmt: skip
+        parts.append(f"<h2><code>POST {path}</code></h2><p>{html.escape(summary)}<table>{rows}</table>")
+    for path, summary in _GETS.items():
+        parts.append(f"<h2><code>GET {path}</code></h2><p>{html.escape(summary)}")
+    return "".join(parts)
+
+
+_STYLE = "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}td{padding-right:1em}.refused{color:#a33}"
+
+
+def _json(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"application/json": {"schema": schema}}

@@ -1,0 +1,71 @@
+"""Routes about the tokenizer: what a text's tokens are, and what it would take to do the same elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from deployments.api.answer import Json
+from deployments.api.incoming import read_body
+from deployments.api.job import check_ids, refused
+from deployments.api.service import Service
+from deployments.protocol.messages import check_template_kwargs, for_template
+from deployments.protocol.tokens import TokenizeRequest, parse_detokenize, parse_tokenize
+from model_core.errors import RequestError
+
+
+class TextRoutes:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def tokenize(self, request: Request) -> Response:
+        """{count, max_model_len, tokens, token_strs}. A text may be longer than the context: its count is what is asked."""
+        service = self._service
+        asked = parse_tokenize(await read_body(service, request))
+        info = await service.check_model(asked.model)
+        try:
+            ids = await self._encode(asked)
+        except RequestError as error:
+            raise refused(error) from None
+        strings = [service.tokenizer.token_text(i) for i in ids] if asked.return_token_strs else None
+        return Json({"count": len(ids), "max_model_len": info.context_length, "tokens": ids, "token_strs": strings})
+
+    async def detokenize(self, request: Request) -> Response:
+        """{prompt}: the text of the ids, control tokens included."""
+        service = self._service
+        asked = parse_detokenize(await read_body(service, request))
+        check_ids(await service.check_model(asked.model), asked.tokens, "tokens")
+        work = lambda: service.tokenizer.decode(asked.tokens, skip_special_tokens=False)  # noqa: E731
+        return Json({"prompt": await service.text_work(len(asked.tokens), work)})
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        """What lm-eval and others ask for so as to render conversations themselves."""
+        tokenizer, info = self._service.tokenizer, await self._service.info()
+
+        def text(token_id: int | None) -> str | None:
+            return None if token_id is None else tokenizer.token_text(token_id)
+
+        return Json({
+            "tokenizer_class": type(tokenizer).__name__,
+            "vocab_size": tokenizer.vocab_size,
+            "model_max_length": info.context_length,
+            "bos_token": text(tokenizer.bos_id),
+            "eos_token": text(next(iter(tokenizer.eos_ids), None)),
+            "chat_template": tokenizer.chat_template,
+        })  # fmt: skip
+
+    async def _encode(self, asked: TokenizeRequest) -> list[int]:
+        service = self._service
+        if asked.messages is None:
+            text = asked.prompt or ""
+            return await service.text_work(
+                len(text), lambda: service.tokenizer.encode(text, add_special_tokens=asked.add_special_tokens)
+            )
+        messages: list[dict[str, Any]] = for_template(asked.messages)
+        kwargs = check_template_kwargs(asked.chat_template_kwargs)
+        return await service.text_work(
+            sum(len(message["content"]) for message in messages),
+            lambda: service.tokenizer.encode_chat(messages, add_generation_prompt=asked.add_generation_prompt, **kwargs),
+        )
