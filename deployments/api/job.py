@@ -63,6 +63,7 @@ async def chat_job(service: Service, request: ChatRequest, record: Record) -> Jo
             ids = await _encode_messages(service, info, messages, request)
     except RequestError as error:
         raise refused(error) from None
+    ids = _last(ids, request)
     _check_room(info, ids, "messages" if request.prompt is None else "prompt")
     return _job(service, info, request, record, [ids], None)
 
@@ -78,15 +79,16 @@ async def completion_job(service: Service, request: CompletionRequest, record: R
     prompts: list[list[int]] = []
     try:
         for prompt in request.prompt:
-            prompts.append(await _encode_prompt(service, info, prompt, request.add_special_tokens))
+            prompts.append(_last(await _encode_prompt(service, info, prompt, request, request.add_special_tokens), request))
             if request.max_tokens:
                 _check_room(info, prompts[-1], "prompt")
     except RequestError as error:
         raise refused(error) from None
     echoes = None
     if request.echo:
-        decode = service.tokenizer.decode
-        echoes = [p if isinstance(p, str) else decode(p, skip_special_tokens=False) for p in request.prompt]
+        decode, whole = service.tokenizer.decode, request.truncate_prompt_tokens is None
+        echoes = [prompt if whole and isinstance(prompt, str) else decode(ids, skip_special_tokens=False)
+                  for prompt, ids in zip(request.prompt, prompts, strict=True)]  # fmt: skip
     return _job(service, info, request, record, prompts, echoes)
 
 
@@ -208,7 +210,7 @@ async def _encode_messages(
     kwargs = check_template_kwargs(request.chat_template_kwargs)
     chars = sum(len(message["content"]) for message in messages)
     least = sum(service.least_tokens(message["content"]) for message in messages)
-    if least >= info.context_length:
+    if least >= info.context_length and request.truncate_prompt_tokens is None:
         raise context_too_long(info.context_length, least, noun="messages", at_least=True)
     return await service.text_work(
         chars,
@@ -221,16 +223,18 @@ async def _encode_messages(
 async def _encode_prompt_as_chat(service: Service, info: EngineInfo, prompt: str, request: ChatRequest) -> list[int]:
     """A bare prompt at the chat endpoint is one user message; a model without a chat template continues it as text."""
     if service.tokenizer.chat_template is None:
-        return await _encode_prompt(service, info, prompt, True)
+        return await _encode_prompt(service, info, prompt, request, True)
     return await _encode_messages(service, info, [{"role": "user", "content": prompt}], request)
 
 
-async def _encode_prompt(service: Service, info: EngineInfo, prompt: str | list[int], special: bool) -> list[int]:
+async def _encode_prompt(
+    service: Service, info: EngineInfo, prompt: str | list[int], request: GenerationRequest, special: bool
+) -> list[int]:
     if not isinstance(prompt, str):
         check_ids(info, prompt, "prompt")
         return prompt
     least = service.least_tokens(prompt)
-    if least >= info.context_length:
+    if least >= info.context_length and request.truncate_prompt_tokens is None:
         raise context_too_long(info.context_length, least, noun="prompt", at_least=True)
     ids = await service.text_work(
         len(prompt), lambda: service.tokenizer.encode(prompt, add_special_tokens=special)
@@ -238,6 +242,11 @@ async def _encode_prompt(service: Service, info: EngineInfo, prompt: str | list[
     if not ids:
         raise bad_request("The prompt is empty: send at least one token.", param="prompt")
     return ids
+
+
+def _last(ids: list[int], request: GenerationRequest) -> list[int]:
+    """What the request wants of a prompt: its last tokens, or all."""
+    return ids if request.truncate_prompt_tokens is None else ids[-request.truncate_prompt_tokens :]
 
 
 def _check_room(info: EngineInfo, ids: list[int], noun: str) -> None:

@@ -113,6 +113,7 @@ class GenerationRequest(BaseModel):
     ignore_eos: StrictBool = False
     include_stop_str_in_output: StrictBool = False
     skip_special_tokens: StrictBool = True
+    truncate_prompt_tokens: Annotated[Int, Field(ge=1)] | None = None
     priority: Annotated[Int, Field(ge=-1000, le=1000)] = 0
     timings: StrictBool = False
 

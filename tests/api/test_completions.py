@@ -107,3 +107,17 @@ def test_add_special_tokens_reaches_the_tokenizer(server):
 def test_a_long_prompt_is_tokenised_too(server):
     assert complete(server, prompt="x" * 3200, max_tokens=1)[0] == 200  # 200 tokens of 16 letters, through the pool
     assert len(server.fake.requests[0].prompt_ids) == 200
+
+
+def test_only_the_last_tokens_of_a_prompt_are_used(server):
+    long = "z" * 1000 + "abHello"
+    for prompt, kept in ((long, [122, 260, 256]), ([1, 2, 3, 4, 5], [3, 4, 5]), ("H", [72])):
+        answer = server.client().completions.create(
+            model="acme/tiny", prompt=prompt, max_tokens=2, echo=True, extra_body={"truncate_prompt_tokens": 3})  # fmt: skip
+        assert server.fake.requests[-1].prompt_ids == kept and answer.usage.prompt_tokens == len(kept)
+        assert answer.choices[0].text.startswith(bytes(kept).decode() if max(kept) < 256 else "zabHello")
+    server.client().chat.completions.create(
+        model="acme/tiny", messages=[{"role": "user", "content": long}], max_tokens=1, extra_body={"truncate_prompt_tokens": 9})
+    assert len(server.fake.requests[-1].prompt_ids) == 9
+    status, _, body = server.raw("POST", "/v1/completions", {"prompt": "a", "truncate_prompt_tokens": 0})
+    assert status == 400 and json.loads(body)["error"]["param"] == "truncate_prompt_tokens"
