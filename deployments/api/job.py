@@ -132,9 +132,10 @@ def _choice(
     index: int,
     started_at: float,
 ) -> Choice:
-    # a chat answer starts a text (its first token's leading space is the format's, not the answer's);
-    # a completion continues one
-    before = [] if isinstance(request, ChatRequest) else engine_request.prompt_ids[-64:]
+    # a chat answer starts a text (its first token's leading space is the format's, not the answer's), unless it goes on with
+    # a message; a completion continues one
+    starts = isinstance(request, ChatRequest) and not request.continue_final_message
+    before = [] if starts else engine_request.prompt_ids[-64:]
 
     def detokenizer(stop: list[str], prompt_ids: list[int]) -> Detokenizer:
         return Detokenizer(
@@ -215,7 +216,8 @@ async def _encode_messages(
     return await service.text_work(
         chars,
         lambda: service.tokenizer.encode_chat(
-            messages, add_generation_prompt=request.add_generation_prompt, **kwargs
+            messages, add_generation_prompt=request.generation_prompt,
+            continue_final_message=request.continue_final_message, **kwargs
         ),
     )
 

@@ -10,7 +10,8 @@ from deployments.protocol.errors import bad_request
 from deployments.protocol.requests import Message
 from deployments.protocol.validation import json_type
 
-RESERVED = {"messages", "tools", "chat_template", "add_generation_prompt", "tokenize", "bos_token", "eos_token"}
+RESERVED = {"messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "bos_token",
+            "eos_token"}  # fmt: skip
 
 
 def for_template(messages: list[Message]) -> list[dict[str, Any]]:

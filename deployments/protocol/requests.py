@@ -155,8 +155,13 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
     logprobs: StrictBool = False
     top_logprobs: Annotated[Int, Field(ge=0)] | None = None
-    add_generation_prompt: StrictBool = True
+    add_generation_prompt: StrictBool | None = None  # true unless the last message is continued
+    continue_final_message: StrictBool = False
     chat_template_kwargs: dict[str, Any] = {}
+
+    @property
+    def generation_prompt(self) -> bool:
+        return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
 
     @property
     def asked_tokens(self) -> int | None:
@@ -194,10 +199,21 @@ def parse_chat(body: dict[str, Any], limits: Limits) -> tuple[ChatRequest, list[
         )
     if request.messages is not None and request.prompt is not None:
         raise bad_request("Send either 'messages' or 'prompt', not both.", param="prompt")
+    if request.continue_final_message:
+        _check_continued(request)
     if request.top_logprobs is not None and not request.logprobs:
         raise bad_request("'top_logprobs' is only allowed when 'logprobs' is true.", param="top_logprobs")
     _check_limits(request, limits, request.top_logprobs, "top_logprobs")
     return request, unknown
+
+
+def _check_continued(request: ChatRequest) -> None:
+    if request.add_generation_prompt:
+        raise bad_request("'continue_final_message' and 'add_generation_prompt' cannot both be true.",
+                          param="continue_final_message")  # fmt: skip
+    if request.messages is None or request.messages[-1].role != "assistant":
+        raise bad_request("'continue_final_message' needs a last message of role assistant.",
+                          param="continue_final_message")  # fmt: skip
 
 
 def parse_completion(body: dict[str, Any], limits: Limits) -> tuple[CompletionRequest, list[str]]:

@@ -116,11 +116,15 @@ class Tokenizer:
         return self._require_chat().render(messages, add_generation_prompt=add_generation_prompt, **template_kwargs)
 
     def encode_chat(
-        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **template_kwargs: Any
-    ) -> list[int]:
+        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True,
+        continue_final_message: bool = False, **template_kwargs: Any,
+    ) -> list[int]:  # fmt: skip
         """Ids of the rendered conversation. Control tokens are obeyed where the template wrote them, never where a
         message, a tool or another argument did. Nothing is added around it (transformers' apply_chat_template): bos is
         there if and only if the template wrote it.
+
+        continue_final_message: the ids end with the last message's text, for the model to go on with it. Raises
+        RequestError if the template does not show that text.
         """
         chat, marker = self._require_chat(), ""
         strings = list(strings_of([messages, template_kwargs]))
@@ -131,6 +135,8 @@ class Tokenizer:
             messages = mark(messages, self._splitter, marker)
             template_kwargs = {name: mark(value, self._splitter, marker) for name, value in template_kwargs.items()}
         text = chat.render(messages, add_generation_prompt=add_generation_prompt, **template_kwargs)
+        if continue_final_message:
+            text = _up_to(text, messages[-1]["content"])
         return self._encode_obeying(text, marker)
 
     def _require_chat(self) -> ChatTemplate:
@@ -142,6 +148,17 @@ class Tokenizer:
                 code="chat_template_missing",
             )
         return self._chat
+
+
+def _up_to(text: str, content: str) -> str:
+    """A conversation as far as its last message's content goes; templates may strip that (as transformers does it)."""
+    stripped = content.strip()
+    at = text.rfind(stripped) if stripped else -1
+    if at < 0:
+        raise RequestError("the chat template does not show the last message's text, so it cannot be continued",
+                           param="continue_final_message", code="invalid_value")  # fmt: skip
+    whole = content.lstrip()
+    return text[: at + len(whole if text.startswith(whole, at) else stripped)]
 
 
 def _check_unicode(text: str) -> None:

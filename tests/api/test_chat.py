@@ -3,6 +3,8 @@
 import asyncio
 import json
 
+import pytest
+
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
@@ -252,3 +254,19 @@ def test_messages_for_the_template(server):
     assert text.startswith("system\nbe\nbrief\n") and "\ntool\n42" in text
     assert server.chat(add_generation_prompt=False)[0] == 200
     assert server.fake.requests[1].prompt_ids.count(server.IM_START) == 1
+
+
+def test_the_last_message_is_continued(server):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " Hello world"}]
+    server.client().chat.completions.create(
+        model="acme/tiny", messages=messages, extra_body={"continue_final_message": True})  # fmt: skip
+    text = server.app.state.service.tokenizer.decode(server.fake.requests[-1].prompt_ids, skip_special_tokens=False)
+    assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n Hello world"
+
+
+@pytest.mark.parametrize(("role", "content", "more"), [
+    ("user", "x", {}), ("assistant", "x", {"add_generation_prompt": True}), ("assistant", "  ", {})])  # fmt: skip
+def test_what_cannot_be_continued(server, role, content, more):
+    body = {"messages": [{"role": role, "content": content}], "continue_final_message": True, **more}
+    status, _, answer = server.raw("POST", "/v1/chat/completions", body)
+    assert status == 400 and json.loads(answer)["error"]["param"] == "continue_final_message"
