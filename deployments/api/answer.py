@@ -127,6 +127,9 @@ class WholeAnswer(Answer):
         texts: list[list[str]] = [[] for _ in job.choices]
         entries: list[list[Entry]] = [[] for _ in job.choices]
 
+        for choice in job.choices if job.request.return_token_ids else ():
+            choice.ids = []
+
         async def collect(choice: Choice, text: str) -> None:
             texts[choice.index].append(text)
             if job.max_logprobs >= 0:
@@ -142,7 +145,13 @@ class WholeAnswer(Answer):
             writer = job.logprobs(self._service, choice)
             logprobs = None if writer is None else writer.json(entries[choice.index], job.max_logprobs)
             choices.append(shape(choice.index, text, logprobs, choice.finish, choice.stop_reason))
+            if choice.ids is not None:
+                choices[-1]["token_ids"] = choice.ids
+                if not job.is_chat:
+                    choices[-1]["prompt_token_ids"] = choice.request.prompt_ids
         body = whole(job.head, choices, job.usage())
+        if job.request.return_token_ids and job.is_chat:
+            body["prompt_token_ids"] = job.prompts[0]
         if job.request.timings:
             body["timings"] = timings(job)
         self._blocked_since = time.perf_counter()

@@ -54,6 +54,7 @@ FIELDS: tuple[Field, ...] = (
     *_served("best_of", TEXT, "only equal to n"),
     *_served("top_k min_p repetition_penalty stop_token_ids min_tokens ignore_eos", note="vLLM's"),
     *_served("include_stop_str_in_output skip_special_tokens priority", note="vLLM's"),
+    *_served("return_token_ids", note="vLLM's: ids of prompts and answers; without `stream` only"),
     *_served("truncate_prompt_tokens", note="vLLM's: only the last so many tokens of each prompt are used"),
     *_served("timings", note="this server's own: adds the object `timings` to the answer, or to a stream's last chunk"),
     *_served("add_special_tokens", TEXT, "vLLM's: whether the tokenizer's begin-of-sequence token is put in front"),
@@ -80,7 +81,6 @@ FIELDS: tuple[Field, ...] = (
     Field("suffix", "refused", TEXT, "Only models trained to fill in the middle support it.", ("",)),
     Field("chat_template", "refused", CHAT, "Templates of clients are not run; the model's own template is used."),
     Field("cache_salt", "refused", BOTH, "Prefix-cache isolation: " + _LATER),
-    Field("return_token_ids", "refused", BOTH, _LATER, (False,)),
     Field("prompt_logprobs", "refused", BOTH, _LATER),
     Field("use_beam_search", "refused", BOTH, "Beam search is not planned; use n.", (False,)),
 )

@@ -113,8 +113,11 @@ class GenerationRequest(BaseModel):
     ignore_eos: StrictBool = False
     include_stop_str_in_output: StrictBool = False
     skip_special_tokens: StrictBool = True
+    return_token_ids: StrictBool = False
     truncate_prompt_tokens: Annotated[Int, Field(ge=1)] | None = None
     priority: Annotated[Int, Field(ge=-1000, le=1000)] = 0
+    request_id: Annotated[StrictStr, Field(pattern=r"^[\x21-\x7e]{1,128}$")] = ""
+    return_token_ids: StrictBool = False
     timings: StrictBool = False
 
     @property
@@ -155,6 +158,7 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
     logprobs: StrictBool = False
     top_logprobs: Annotated[Int, Field(ge=0)] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     add_generation_prompt: StrictBool | None = None  # true unless the last message is continued
     continue_final_message: StrictBool = False
     chat_template_kwargs: dict[str, Any] = {}
@@ -263,6 +267,8 @@ def _check_limits(request: GenerationRequest, limits: Limits, logprobs: int | No
             param="stop",
             code="array_above_max_length",
         )
+    if request.return_token_ids and request.stream:
+        raise unsupported("return_token_ids", "'return_token_ids' is only supported without 'stream'.")
     if request.stream_options is not None and not request.stream:
         raise bad_request("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
 

@@ -121,3 +121,16 @@ def test_only_the_last_tokens_of_a_prompt_are_used(server):
     assert len(server.fake.requests[-1].prompt_ids) == 9
     status, _, body = server.raw("POST", "/v1/completions", {"prompt": "a", "truncate_prompt_tokens": 0})
     assert status == 400 and json.loads(body)["error"]["param"] == "truncate_prompt_tokens"
+
+
+def test_token_ids_come_with_the_answer(server):
+    ask = {"model": "acme/tiny", "extra_body": {"return_token_ids": True}}
+    text = server.client().completions.create(prompt=[[260], [1, 2]], **ask)
+    answered = server.encode("Hello world!") + [server.IM_END]
+    assert [(one.prompt_token_ids, one.token_ids) for one in text.choices] == [([260], answered), ([1, 2], answered)]
+    chat = server.client().chat.completions.create(messages=[{"role": "user", "content": "hi"}], n=2, **ask)
+    assert chat.prompt_token_ids == server.fake.requests[-1].prompt_ids
+    assert [one.token_ids for one in chat.choices] == [answered, answered]
+    assert not hasattr(server.client().completions.create(model="acme/tiny", prompt="a").choices[0], "token_ids")
+    status, _, body = server.raw("POST", "/v1/completions", {"prompt": "a", "return_token_ids": True, "stream": True})
+    assert status == 400 and json.loads(body)["error"]["param"] == "return_token_ids"
