@@ -47,7 +47,6 @@ class Choice:
         "sent_at",
         "started_at",
         "stop_reason",
-        "token_ids",
         "tokens",
         "waits",
     )
@@ -62,12 +61,10 @@ class Choice:
         include_stop: bool,
         metrics: Metrics,
         started_at: float,  # of the HTTP request, time.perf_counter
-        keep_ids: bool = False,
     ) -> None:
         self.index = index
         self.request = request
         self.tokens = 0  # generated so far, also those that are never shown
-        self.token_ids: list[int] | None = [] if keep_ids else None  # the same, those not taken yet
         self.ids: list[int] | None = None  # they themselves, where somebody made it a list
         self.cached_tokens = 0
         self.finish: str | None = None
@@ -106,8 +103,6 @@ class Choice:
                 self._metrics.inter_token_latency.observe(now - self.last_token_at)
             self.last_token_at = now
             self.tokens += len(ids)
-            if self.token_ids is not None:
-                self.token_ids.extend(ids)
             if self.ids is not None:
                 self.ids += ids
         if event.finish == "error" or event.finish == "abort":
@@ -129,13 +124,6 @@ class Choice:
         elif event.finish is not None:
             self.finish = event.finish
         return text
-
-    def take_ids(self) -> list[int] | None:
-        """All ids generated since the last call, if the request wants ids."""
-        ids = self.token_ids
-        if ids is not None:
-            self.token_ids = []
-        return ids
 
     def take_entries(self) -> list[Entry]:
         """Log-probability entries of the tokens whose text has been given out since the last call."""

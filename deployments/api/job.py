@@ -158,7 +158,6 @@ def _choice(
         include_stop=request.include_stop_str_in_output,
         metrics=service.metrics,
         started_at=started_at,
-        keep_ids=request.return_token_ids,
     )
 
 

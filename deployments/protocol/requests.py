@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr, ValidationError, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from deployments.protocol.errors import ApiError, bad_request, unsupported
@@ -80,6 +80,13 @@ Int = Annotated[int, BeforeValidator(_whole), Field(strict=True)]
 Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 TokenId = Annotated[Int, Field(ge=0)]
 
+# what the validators above take, for the OpenAPI document
+_STOP_SCHEMA = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "items": {"type": "string", "minLength": 1}}]}
+_IDS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "integer"}}
+_PROMPT_SCHEMA = {"anyOf": [{"type": "string"}, _IDS_SCHEMA] + [
+    {"type": "array", "minItems": 1, "maxItems": 1024, "items": items} for items in ({"type": "string"}, _IDS_SCHEMA)
+]}  # fmt: skip
+
 
 class StreamOptions(BaseModel):
     include_usage: StrictBool = False
@@ -97,7 +104,7 @@ class GenerationRequest(BaseModel):
     temperature: Annotated[Float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[Float, Field(ge=0, le=1)] = 1.0
     n: Annotated[Int, Field(ge=1)] = 1
-    stop: Annotated[list[str], BeforeValidator(_stop)] = []
+    stop: Annotated[list[str], BeforeValidator(_stop), WithJsonSchema(_STOP_SCHEMA)] = []
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
     seed: Annotated[Int, Field(ge=-INT64, le=INT64 - 1)] | None = None
@@ -116,8 +123,6 @@ class GenerationRequest(BaseModel):
     return_token_ids: StrictBool = False
     truncate_prompt_tokens: Annotated[Int, Field(ge=1)] | None = None
     priority: Annotated[Int, Field(ge=-1000, le=1000)] = 0
-    request_id: Annotated[StrictStr, Field(pattern=r"^[\x21-\x7e]{1,128}$")] = ""
-    return_token_ids: StrictBool = False
     timings: StrictBool = False
 
     @property
@@ -158,7 +163,6 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
     logprobs: StrictBool = False
     top_logprobs: Annotated[Int, Field(ge=0)] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     add_generation_prompt: StrictBool | None = None  # true unless the last message is continued
     continue_final_message: StrictBool = False
     chat_template_kwargs: dict[str, Any] = {}
@@ -178,7 +182,7 @@ class ChatRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: Annotated[list[Any], BeforeValidator(_prompts), Field(max_length=1024)]
+    prompt: Annotated[list[Any], BeforeValidator(_prompts), Field(max_length=1024), WithJsonSchema(_PROMPT_SCHEMA)]
     max_tokens: Annotated[Int, Field(ge=0)] = 16
     echo: StrictBool = False
     logprobs: Annotated[Int, Field(ge=0)] | None = None
