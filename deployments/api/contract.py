@@ -64,6 +64,8 @@ def openapi(version: str) -> dict[str, Any]:
         paths[path] = {"post": {"summary": summary, "requestBody": body,
                                 "responses": {"200": {"description": "The answer", "content": content},
                                               "default": failure}}}  # fmt: skip
+    for schema in schemas.values():
+        _as_parsed(schema)
     for path, summary in _GETS.items():
         paths[path] = {"get": {"summary": summary, "responses": {"200": {"description": "The answer"}, "default": failure}}}
     return {
@@ -89,6 +91,26 @@ def page(version: str) -> str:
 
 
 _STYLE = "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}td{padding-right:1em}.refused{color:#a33}"
+
+
+def _as_parsed(schema: dict[str, Any]) -> None:
+    """In place, what pydantic leaves out: null means the default, and bounds behind an own validator have their names."""
+    for key, name in _BOUNDS.items():
+        if key in schema and not isinstance(schema[key], dict):
+            schema[name] = schema.pop(key)
+    for value in list(schema.values()):
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, dict):
+                _as_parsed(part)
+    required = schema.get("required", [])
+    for name, field in schema.get("properties", {}).items():
+        if name not in required and "type" in field and "anyOf" not in field:
+            field["type"] = [field["type"], "null"]
+        elif name not in required and "anyOf" in field and {"type": "null"} not in field["anyOf"]:
+            field["anyOf"] = [*field["anyOf"], {"type": "null"}]
+
+
+_BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
 
 def _json(schema: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
 from deployments.api.contract import capabilities, openapi
 from deployments.protocol.fields import BY_NAME
@@ -118,3 +119,34 @@ def test_the_page_needs_nothing_from_elsewhere(server):
     text = data.decode()
     assert status == 200 and headers["content-type"].startswith("text/html")
     assert "http" not in text.replace("HTTP", "") and "<script" not in text and "response_format" in text
+
+
+@pytest.mark.parametrize("name, body", [
+    ("ChatRequest", {"messages": MESSAGES}),
+    ("ChatRequest", {"messages": MESSAGES, "stop": "a", "n": None, "seed": 2**63 - 1, "max_tokens": 4.0, "stream": None}),
+    ("ChatRequest", {"messages": MESSAGES, "stop": ["a", "b"], "logit_bias": {"5": 1}, "top_k": -1, "unknown": {}}),
+    ("ChatRequest", {"prompt": "a", "temperature": None, "stop": None}),
+    ("CompletionRequest", {"prompt": "a"}),
+    ("CompletionRequest", {"prompt": ["a", "b"]}),
+    ("CompletionRequest", {"prompt": [97, 98], "max_tokens": 0, "echo": True}),
+    ("CompletionRequest", {"prompt": [[97], [98]], "logprobs": 1}),
+])  # fmt: skip
+def test_the_document_allows_what_is_taken(server, name, body):
+    path = "/v1/chat/completions" if name == "ChatRequest" else "/v1/completions"
+    assert post(server, path, body)[0] == 200
+    assert _schema(name).is_valid(body)
+
+
+@pytest.mark.parametrize("field", [
+    {"stop": ""}, {"stop": [1]}, {"n": 0}, {"max_tokens": -1}, {"temperature": 3}, {"temperature": "1"}, {"seed": 2**63},
+    {"stream": 1}, {"repetition_penalty": 0}, {"top_k": -2}, {"stop_token_ids": [-1]}, {"min_tokens": 1.5},
+])  # fmt: skip
+def test_what_the_document_forbids_is_refused(server, field):
+    for name, path in (("ChatRequest", "/v1/chat/completions"), ("CompletionRequest", "/v1/completions")):
+        assert not _schema(name).is_valid({"prompt": "a", **field})
+        assert post(server, path, {"prompt": "a", **field})[0] == 400
+
+
+def _schema(name):
+    schemas = openapi("1")["components"]["schemas"]
+    return Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": {"schemas": schemas}})
