@@ -60,6 +60,7 @@ def create_app(
         Route("/chat/completions", endpoints.chat, methods=["POST"]),  # base URLs without /v1
         Route("/completions", endpoints.completions, methods=["POST"]),
         Route("/models", endpoints.models),
+        Route("/models/{id:path}", endpoints.model),
         Route("/v1/models/{id:path}", endpoints.model),
         Route("/v1/capabilities", endpoints.capabilities),
         Route("/tokenize", texts.tokenize, methods=["POST"]),

@@ -47,7 +47,7 @@ class Edge:
         request_id = given if _GOOD_ID.fullmatch(given) else uuid.uuid4().hex.encode()
         path = scope["path"].removeprefix(scope.get("root_path", ""))  # of an application with a route_prefix
         # unknown paths share one label: a scanner must not create a time series per guess
-        route = path if path in self._routes else "/v1/models/{id}" if path.startswith("/v1/models/") else "other"
+        route = path if path in self._routes else "/v1/models/{id}" if path.startswith(("/v1/models/", "/models/")) else "other"
         record = Record(request_id.decode(), scope["method"], route)
         scope["mini_llm.record"] = record
         scope["mini_llm.send"] = send

@@ -82,6 +82,11 @@ FIELDS: tuple[Field, ...] = (
     Field("chat_template", "refused", CHAT, "Templates of clients are not run; the model's own template is used."),
     Field("cache_salt", "refused", BOTH, "Prefix-cache isolation: " + _LATER),
     Field("prompt_logprobs", "refused", BOTH, _LATER),
+    Field("add_special_tokens", "refused", CHAT, "The chat template writes them where they belong.", (False,)),
+    Field("allowed_token_ids", "refused", BOTH, "Use logit_bias.", ([],)),
+    Field("bad_words", "refused", BOTH, "Use logit_bias with -100 for single tokens.", ([],)),
+    Field("documents", "refused", CHAT, "Put them into the messages, or into chat_template_kwargs.", ([],)),
+    Field("prompt_embeds", "refused", TEXT, "Prompts are text or token ids."),
     Field("use_beam_search", "refused", BOTH, "Beam search is not planned; use n.", (False,)),
 )
 

@@ -81,6 +81,8 @@ def test_base_urls_without_v1(server):
     assert post(server, "/chat/completions", {"messages": MESSAGES})[2]["object"] == "chat.completion"
     assert post(server, "/completions", {"prompt": "a"})[2]["object"] == "text_completion"
     assert json.loads(server.raw("GET", "/models")[2])["data"][0]["id"] == "acme/tiny"
+    assert json.loads(server.raw("GET", "/models/acme/tiny")[2])["id"] == "acme/tiny"
+    assert server.raw("GET", "/models/acme/huge")[0] == 404
 
 
 def test_capabilities_name_every_field_once(server):
