@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -22,12 +23,12 @@ from deployments.protocol.errors import ApiError
 from deployments.protocol.events import (
     DONE,
     ChatEvents,
-    ChoiceEvents,
+    Line,
     TextEvents,
     error_event,
     last_event,
 )
-from deployments.protocol.responses import Entry, chat_choice, text_choice, whole
+from deployments.protocol.responses import Entry, Head, chat_choice, text_choice, whole
 
 FAREWELL_S = 5.0
 
@@ -136,10 +137,16 @@ class WholeAnswer(Answer):
                 entries[choice.index].extend(choice.take_entries())
 
         await run_job(self._service, job, collect)
+        self._blocked_since = time.perf_counter()
+        await Json(self._body(["".join(parts) for parts in texts], entries))(scope, _no_receive, send)
+
+    def _body(self, texts: list[str], entries: list[list[Entry]]) -> dict[str, Any]:
+        """The answer, given each choice's text and log-probability entries."""
+        job = self._job
         shape = chat_choice if job.is_chat else text_choice
         choices = []
         for choice in job.choices:
-            text = "".join(texts[choice.index])
+            text = texts[choice.index]
             if job.echoes is not None:
                 text = job.echoes[choice.index // job.request.n] + text
             writer = job.logprobs(self._service, choice)
@@ -154,8 +161,7 @@ class WholeAnswer(Answer):
             body["prompt_token_ids"] = job.prompts[0]
         if job.request.timings:
             body["timings"] = timings(job)
-        self._blocked_since = time.perf_counter()
-        await Json(body)(scope, _no_receive, send)
+        return body
 
 
 class StreamedAnswer(Answer):
@@ -169,11 +175,7 @@ class StreamedAnswer(Answer):
     async def _produce(self, scope: Scope, send: Send) -> None:
         job, service = self._job, self._service
         request = job.request
-        head = job.head._replace(object="chat.completion.chunk") if job.is_chat else job.head
-        kind = ChatEvents if job.is_chat else TextEvents
-        lines: list[ChoiceEvents] = [
-            kind(head, i, include_usage=request.include_usage) for i in range(len(job.choices))
-        ]
+        lines = self._lines()
         logprobs = [job.logprobs(service, choice) for choice in job.choices]
         is_open = [False] * len(job.choices)
         sse = self._sse = SseWriter(send, scope.get("mini_llm.send", send), service.limits.heartbeat_s)
@@ -201,13 +203,32 @@ class StreamedAnswer(Answer):
 
         try:
             await run_job(service, job, pass_on)
-            if request.include_usage or request.timings:
-                usage = job.usage() if request.include_usage else None
-                sse.add(last_event(head, usage, timings(job) if request.timings else None))
-            sse.add(DONE)
+            sse.add(self._last())
             await sse.finish()
         finally:
             sse.stop()
+
+    def _head(self) -> Head:
+        head = self._job.head
+        return head._replace(object="chat.completion.chunk") if self._job.is_chat else head
+
+    def _lines(self) -> Sequence[Line]:
+        """Writers of events, one per choice."""
+        kind, include_usage = ChatEvents if self._job.is_chat else TextEvents, self._job.request.include_usage
+        head = self._head()
+        return [kind(head, i, include_usage=include_usage) for i in range(len(self._job.choices))]
+
+    def _last(self) -> bytes:
+        """Events after those of all choices."""
+        job, request = self._job, self._job.request
+        if not (request.include_usage or request.timings):
+            return DONE
+        usage = job.usage() if request.include_usage else None
+        return last_event(self._head(), usage, timings(job) if request.timings else None) + DONE
+
+    def _farewell(self, error: ApiError) -> bytes:
+        """Events of an answer that goes wrong after it began."""
+        return error_event(error.body()) + DONE
 
     def _end(self) -> None:
         if self._sse is not None:
@@ -218,8 +239,7 @@ class StreamedAnswer(Answer):
         if sse is None or not sse.started:
             return False
         self._job.record.error = error.code or error.type
-        sse.add(error_event(error.body()))
-        sse.add(DONE)
+        sse.add(self._farewell(error))
         with suppress(asyncio.TimeoutError):  # of a reader that stopped reading
             await asyncio.wait_for(sse.finish(), FAREWELL_S)
         return True

@@ -12,8 +12,9 @@ from deployments.api.record import Record
 from deployments.api.service import Service
 from deployments.protocol.errors import ApiError, bad_request, context_too_long
 from deployments.protocol.messages import check_template_kwargs, for_template
-from deployments.protocol.requests import INT64, ChatRequest, CompletionRequest, GenerationRequest
+from deployments.protocol.requests import ChatRequest, CompletionRequest, GenerationRequest
 from deployments.protocol.responses import ChatLogprobs, Head, TextLogprobs, Usage
+from deployments.protocol.values import INT64
 from model_core.engine.request import EngineInfo, Request, SamplingParams
 from model_core.errors import RequestError
 from model_core.tokenizer.detokenizer import Detokenizer

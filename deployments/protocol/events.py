@@ -8,7 +8,7 @@ heartbeat that follows an `id:` or `retry:` line.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 
@@ -16,6 +16,19 @@ from deployments.protocol.responses import Head, Usage
 
 DONE = b"data: [DONE]\n\n"
 HEARTBEAT = b": keep-alive\n\n"
+
+
+class Line(Protocol):
+    """Writes the events of one choice."""
+
+    def open(self) -> bytes:
+        """What comes before the first text."""
+        ...
+
+    def text(self, text: str, logprobs: dict[str, Any] | None = None, usage: Usage | None = None) -> bytes: ...
+    def finish(self, reason: str, stop_reason: str | int | None, usage: Usage | None = None) -> bytes:
+        """The choice's last events."""
+        ...
 
 
 class ChoiceEvents:

@@ -10,82 +10,22 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr, ValidationError, WithJsonSchema
-from pydantic_core import PydanticCustomError
 
 from deployments.protocol.errors import ApiError, bad_request, unsupported
 from deployments.protocol.fields import BY_NAME, Endpoint
 from deployments.protocol.limits import Limits
-from deployments.protocol.validation import expected, translate
-
-INT64 = 2**63
-
-
-def _whole(value: Any) -> Any:
-    return int(value) if type(value) is float and value.is_integer() else value
-
-
-def _stop(value: Any) -> Any:
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list):
-        raise expected("one of a string or array of strings", value)
-    for stop in stops:
-        if not isinstance(stop, str):
-            raise expected("one of a string or array of strings", stop)
-        if not stop:
-            raise PydanticCustomError("empty_string", "Expected non-empty strings, but got an empty string")
-    return stops
-
-
-def _prompts(value: Any) -> Any:
-    """A string, strings, token ids or lists of token ids → list of prompts, each a string or a list of ids."""
-    words = "a string, array of strings, array of token ids, or array of token id arrays"
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, list):
-        raise expected(words, value)
-    if not value:
-        raise PydanticCustomError("too_short", "", {"min_length": 1})
-    if all(type(item) is int for item in value):  # not bool
-        return [value]
-    for item in value:
-        if isinstance(item, list):
-            if not item:
-                raise PydanticCustomError("too_short", "", {"min_length": 1})
-            if not all(type(token) is int for token in item):
-                raise expected(words, next(token for token in item if type(token) is not int))
-        elif not isinstance(item, str):
-            raise expected(words, item)
-    if len({type(item) for item in value}) > 1:
-        raise PydanticCustomError("mixed", "Expected an array of one kind, but got strings and token ids together")
-    return value
-
-
-def _bias(value: Any) -> Any:
-    if not isinstance(value, dict):
-        raise expected("an object", value)
-    bias: dict[int, float] = {}
-    for key, weight in value.items():
-        if not (key.isascii() and key.isdigit() and len(key) < 10):
-            raise PydanticCustomError("bias_key", "Expected token ids as keys, but got '{key}'", {"key": key[:40]})
-        if type(weight) not in (int, float):
-            raise expected("a number", weight)
-        if not -100 <= weight <= 100:
-            words = "Expected values from -100 to 100, but got {got}"
-            raise PydanticCustomError("bias_value", words, {"got": repr(weight)[:40]})
-        bias[int(key)] = float(weight)
-    return bias
-
-
-Int = Annotated[int, BeforeValidator(_whole), Field(strict=True)]
-Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-TokenId = Annotated[Int, Field(ge=0)]
-
-# what the validators above take, for the OpenAPI document
-_STOP_SCHEMA = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "items": {"type": "string", "minLength": 1}}]}
-_IDS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "integer"}}
-_PROMPT_SCHEMA = {"anyOf": [{"type": "string"}, _IDS_SCHEMA] + [
-    {"type": "array", "minItems": 1, "maxItems": 1024, "items": items} for items in ({"type": "string"}, _IDS_SCHEMA)
-]}  # fmt: skip
+from deployments.protocol.validation import translate
+from deployments.protocol.values import (
+    INT64,
+    PROMPT_SCHEMA,
+    STOP_SCHEMA,
+    Float,
+    Int,
+    TokenId,
+    as_bias,
+    as_prompts,
+    as_stops,
+)
 
 
 class StreamOptions(BaseModel):
@@ -94,23 +34,19 @@ class StreamOptions(BaseModel):
     include_obfuscation: StrictBool = False  # accepted; padding against traffic analysis is not sent
 
 
-class GenerationRequest(BaseModel):
-    """What both endpoints share."""
+class SamplingRequest(BaseModel):
+    """What all generation endpoints share, whoever invented them."""
 
     model_config = ConfigDict(extra="ignore")
 
     model: StrictStr = ""
-    max_tokens: Annotated[Int, Field(ge=1)] | None = None
     temperature: Annotated[Float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[Float, Field(ge=0, le=1)] = 1.0
-    n: Annotated[Int, Field(ge=1)] = 1
-    stop: Annotated[list[str], BeforeValidator(_stop), WithJsonSchema(_STOP_SCHEMA)] = []
     stream: StrictBool = False
-    stream_options: StreamOptions | None = None
     seed: Annotated[Int, Field(ge=-INT64, le=INT64 - 1)] | None = None
     presence_penalty: Annotated[Float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[Float, Field(ge=-2, le=2)] = 0.0
-    logit_bias: Annotated[dict[int, float], BeforeValidator(_bias)] = {}
+    logit_bias: Annotated[dict[int, float], BeforeValidator(as_bias)] = {}
 
     top_k: Annotated[Int, Field(ge=-1, le=INT64 - 1)] = 0
     min_p: Annotated[Float, Field(ge=0, le=1)] = 0.0
@@ -120,9 +56,18 @@ class GenerationRequest(BaseModel):
     ignore_eos: StrictBool = False
     include_stop_str_in_output: StrictBool = False
     skip_special_tokens: StrictBool = True
-    return_token_ids: StrictBool = False
     truncate_prompt_tokens: Annotated[Int, Field(ge=1)] | None = None
     priority: Annotated[Int, Field(ge=-1000, le=1000)] = 0
+
+
+class GenerationRequest(SamplingRequest):
+    """What OpenAI's chat and text completions share."""
+
+    max_tokens: Annotated[Int, Field(ge=1)] | None = None
+    n: Annotated[Int, Field(ge=1)] = 1
+    stop: Annotated[list[str], BeforeValidator(as_stops), WithJsonSchema(STOP_SCHEMA)] = []
+    stream_options: StreamOptions | None = None
+    return_token_ids: StrictBool = False
     timings: StrictBool = False
 
     @property
@@ -182,7 +127,7 @@ class ChatRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: Annotated[list[Any], BeforeValidator(_prompts), Field(max_length=1024), WithJsonSchema(_PROMPT_SCHEMA)]
+    prompt: Annotated[list[Any], BeforeValidator(as_prompts), Field(max_length=1024), WithJsonSchema(PROMPT_SCHEMA)]
     max_tokens: Annotated[Int, Field(ge=0)] = 16
     echo: StrictBool = False
     logprobs: Annotated[Int, Field(ge=0)] | None = None
@@ -200,7 +145,7 @@ class CompletionRequest(GenerationRequest):
 
 def parse_chat(body: dict[str, Any], limits: Limits) -> tuple[ChatRequest, list[str]]:
     """A validated chat request and the names of unknown fields. Raises ApiError 400."""
-    request, unknown = _parse(ChatRequest, "chat", body)
+    request, unknown = parse_fields(ChatRequest, "chat", body)
     if request.messages is None and request.prompt is None:
         raise bad_request(
             "Missing required parameter: 'messages'.", param="messages", code="missing_required_parameter"
@@ -226,7 +171,7 @@ def _check_continued(request: ChatRequest) -> None:
 
 def parse_completion(body: dict[str, Any], limits: Limits) -> tuple[CompletionRequest, list[str]]:
     """A validated completion request and the names of unknown fields. Raises ApiError 400."""
-    request, unknown = _parse(CompletionRequest, "completions", body)
+    request, unknown = parse_fields(CompletionRequest, "completions", body)
     if request.best_of is not None and request.best_of != request.n:
         raise unsupported("best_of", "'best_of' is only supported equal to 'n'. Ask for n and choose in the client.")
     if request.echo and request.logprobs is not None:
@@ -242,7 +187,8 @@ def parse_completion(body: dict[str, Any], limits: Limits) -> tuple[CompletionRe
     return request, unknown
 
 
-def _parse(model: Any, endpoint: Endpoint, body: dict[str, Any]) -> tuple[Any, list[str]]:
+def parse_fields(model: Any, endpoint: Endpoint, body: dict[str, Any]) -> tuple[Any, list[str]]:
+    """A `model` of the body and the names of unknown fields; refuses what the table says. Raises ApiError 400."""
     known = BY_NAME[endpoint]
     present = {name: value for name, value in body.items() if value is not None}
     unknown = [name for name in present if name not in known]

@@ -7,8 +7,9 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError
 
 from deployments.protocol.errors import bad_request
-from deployments.protocol.requests import Message, TokenId
+from deployments.protocol.requests import Message
 from deployments.protocol.validation import translate
+from deployments.protocol.values import TokenId
 
 T = TypeVar("T", bound=BaseModel)
 

@@ -1,0 +1,80 @@
+"""Types of request fields, strict as JSON Schema is: "4" is not an integer, true is not a number; but 4.0 is an integer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from deployments.protocol.validation import expected
+
+INT64 = 2**63
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+def as_stops(value: Any) -> Any:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list):
+        raise expected("one of a string or array of strings", value)
+    for stop in stops:
+        if not isinstance(stop, str):
+            raise expected("one of a string or array of strings", stop)
+        if not stop:
+            raise PydanticCustomError("empty_string", "Expected non-empty strings, but got an empty string")
+    return stops
+
+
+def as_prompts(value: Any) -> Any:
+    """A string, strings, token ids or lists of token ids → list of prompts, each a string or a list of ids."""
+    words = "a string, array of strings, array of token ids, or array of token id arrays"
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise expected(words, value)
+    if not value:
+        raise PydanticCustomError("too_short", "", {"min_length": 1})
+    if all(type(item) is int for item in value):  # not bool
+        return [value]
+    for item in value:
+        if isinstance(item, list):
+            if not item:
+                raise PydanticCustomError("too_short", "", {"min_length": 1})
+            if not all(type(token) is int for token in item):
+                raise expected(words, next(token for token in item if type(token) is not int))
+        elif not isinstance(item, str):
+            raise expected(words, item)
+    if len({type(item) for item in value}) > 1:
+        raise PydanticCustomError("mixed", "Expected an array of one kind, but got strings and token ids together")
+    return value
+
+
+def as_bias(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise expected("an object", value)
+    bias: dict[int, float] = {}
+    for key, weight in value.items():
+        if not (key.isascii() and key.isdigit() and len(key) < 10):
+            raise PydanticCustomError("bias_key", "Expected token ids as keys, but got '{key}'", {"key": key[:40]})
+        if type(weight) not in (int, float):
+            raise expected("a number", weight)
+        if not -100 <= weight <= 100:
+            words = "Expected values from -100 to 100, but got {got}"
+            raise PydanticCustomError("bias_value", words, {"got": repr(weight)[:40]})
+        bias[int(key)] = float(weight)
+    return bias
+
+
+Int = Annotated[int, BeforeValidator(_whole), Field(strict=True)]
+Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+TokenId = Annotated[Int, Field(ge=0)]
+
+# what the validators above take, for the OpenAPI document
+STOP_SCHEMA = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "items": {"type": "string", "minLength": 1}}]}
+_IDS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "integer"}}
+PROMPT_SCHEMA = {"anyOf": [{"type": "string"}, _IDS_SCHEMA] + [
+    {"type": "array", "minItems": 1, "maxItems": 1024, "items": items} for items in ({"type": "string"}, _IDS_SCHEMA)
+]}  # fmt: skip
