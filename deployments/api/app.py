@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from deployments.api import contract
 from deployments.api.answer import Answer, Json, answer
+from deployments.api.dialects import DialectRoutes
 from deployments.api.edge import Edge, on_api_error, on_http_error
 from deployments.api.guard import OPEN_PATHS, Cors, Guard
 from deployments.api.incoming import read_body
@@ -52,13 +53,17 @@ def create_app(
     app.state.service is the Service; app.state.service.gate.drain() stops admission.
     """
     service = Service(transport, tokenizer, limits, version=_version())
-    endpoints, texts = Endpoints(service), TextRoutes(service)
+    endpoints, texts, dialects = Endpoints(service), TextRoutes(service), DialectRoutes(service)
     routes = [
         Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
         Route("/v1/completions", endpoints.completions, methods=["POST"]),
+        Route("/v1/responses", dialects.responses, methods=["POST"]),
+        Route("/v1/messages", dialects.messages, methods=["POST"]),
+        Route("/v1/messages/count_tokens", dialects.count_tokens, methods=["POST"]),
         Route("/v1/models", endpoints.models),
         Route("/chat/completions", endpoints.chat, methods=["POST"]),  # base URLs without /v1
         Route("/completions", endpoints.completions, methods=["POST"]),
+        Route("/responses", dialects.responses, methods=["POST"]),
         Route("/models", endpoints.models),
         Route("/models/{id:path}", endpoints.model),
         Route("/v1/models/{id:path}", endpoints.model),
@@ -184,7 +189,7 @@ class Endpoints:
             {
                 "name": "Mini-LLM-Infra",
                 "version": self._service.version,
-                "generate": ["POST /v1/chat/completions", "POST /v1/completions"],
+                "generate": ["POST /v1/chat/completions", "POST /v1/completions", "POST /v1/responses", "POST /v1/messages"],
                 "models": ["GET /v1/models", "GET /v1/models/{id}"],
                 "tokens": ["POST /tokenize", "POST /detokenize", "GET /tokenizer_info"],
                 "describe": ["GET /v1/capabilities", "GET /openapi.json", "GET /docs"],

@@ -7,17 +7,23 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from deployments.protocol.fields import BY_NAME
+from deployments.protocol.anthropic_request import AnthropicRequest
+from deployments.protocol.fields import BY_NAME, Endpoint
 from deployments.protocol.requests import ChatRequest, CompletionRequest
+from deployments.protocol.response_request import ResponseRequest
 from deployments.protocol.tokens import DetokenizeRequest, TokenizeRequest
 
 _WORDS = {"served": "supported", "ignored": "ignored", "refused": "refused"}
 _POSTS: dict[str, tuple[type[BaseModel], str]] = {
     "/v1/chat/completions": (ChatRequest, "Answer a conversation; streamed as server-sent events if `stream` is true."),
     "/v1/completions": (CompletionRequest, "Continue texts or token ids; streamed as server-sent events if `stream` is true."),
+    "/v1/responses": (ResponseRequest, "Answer a conversation, in the form of OpenAI's Responses API; nothing is stored."),
+    "/v1/messages": (AnthropicRequest, "Answer a conversation, in the form of Anthropic's Messages API."),
     "/tokenize": (TokenizeRequest, "The token ids of a text or a conversation."),
     "/detokenize": (DetokenizeRequest, "The text of token ids."),
 }  # fmt: skip
+_TABLES: dict[str, Endpoint] = {"/v1/chat/completions": "chat", "/v1/completions": "completions",
+                                "/v1/responses": "responses", "/v1/messages": "messages"}  # fmt: skip
 _GETS = {
     "/v1/models": "The served model.", "/v1/capabilities": "Every request field, and what this server does with it.",
     "/tokenizer_info": "Begin and end tokens and the chat template.", "/health": "The process is alive.",
@@ -40,8 +46,8 @@ _ERROR = {
 def capabilities() -> dict[str, Any]:
     """Each field of each endpoint as supported, refused or ignored."""
     found: dict[str, list[dict[str, str]]] = {}
-    for path, name in (("/v1/chat/completions", "chat"), ("/v1/completions", "completions")):
-        fields = BY_NAME[name].values()  # type: ignore[index]  # a test keeps table and models in step
+    for path, endpoint in _TABLES.items():  # a test keeps table and models in step
+        fields = BY_NAME[endpoint].values()
         found[path] = [{"name": one.name, "status": _WORDS[one.status], "note": one.note} for one in fields]
     for path in ("/tokenize", "/detokenize"):
         found[path] = [{"name": name, "status": "supported", "note": ""} for name in _POSTS[path][0].model_fields]

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.api.metrics import Metrics
 from deployments.api.record import Record
 from deployments.api.tracing import Tracer
+from deployments.protocol.anthropic_events import error_body
 from deployments.protocol.body import ClientGone
 from deployments.protocol.errors import ApiError, internal_error
 
@@ -83,8 +84,10 @@ class Edge:
 
 def error_response(error: ApiError, scope: Scope) -> Response:
     """Every error that is not an event of a stream leaves through here."""
-    scope["mini_llm.record"].error = error.code or error.type
-    return Response(error.body(), error.status, error.headers, "application/json")
+    record = scope["mini_llm.record"]
+    record.error = error.code or error.type
+    body = error_body(error, record.id) if record.route.startswith("/v1/messages") else error.body()
+    return Response(body, error.status, error.headers, "application/json")
 
 
 async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:

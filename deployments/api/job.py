@@ -210,6 +210,8 @@ async def _encode_messages(
     service: Service, info: EngineInfo, messages: list[dict[str, Any]], request: ChatRequest
 ) -> list[int]:
     kwargs = check_template_kwargs(request.chat_template_kwargs)
+    if request.reasoning_effort is not None:
+        kwargs = {"reasoning_effort": request.reasoning_effort, **kwargs}
     chars = sum(len(message["content"]) for message in messages)
     least = sum(service.least_tokens(message["content"]) for message in messages)
     if least >= info.context_length and request.truncate_prompt_tokens is None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
 OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion", "/chat/completions": "chat",
+              "/v1/responses": "chat", "/responses": "chat", "/v1/messages": "chat",
               "/completions": "text_completion"}  # fmt: skip
 _REQUEST = ("temperature", "top_p", "top_k", "seed", "frequency_penalty", "presence_penalty", "stream")
 

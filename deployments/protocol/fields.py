@@ -13,11 +13,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Endpoint = Literal["chat", "completions"]
+Endpoint = Literal["chat", "completions", "responses", "messages"]
 Status = Literal["served", "ignored", "refused"]
 BOTH: tuple[Endpoint, ...] = ("chat", "completions")
 CHAT: tuple[Endpoint, ...] = ("chat",)
 TEXT: tuple[Endpoint, ...] = ("completions",)
+RESPONSES: tuple[Endpoint, ...] = ("responses",)
+MESSAGES: tuple[Endpoint, ...] = ("messages",)
+DIALECTS = RESPONSES + MESSAGES
+ALL = BOTH + DIALECTS
 
 
 @dataclass(frozen=True)
@@ -40,32 +44,52 @@ def _ignored(names: str, endpoints: tuple[Endpoint, ...] = BOTH, note: str = "")
 _GRAMMARS = "Constrained output comes with the structured-output release; until then ask in the prompt."
 _TOOLS = "Tool calling comes with the structured-output release."
 _LATER = "It comes with a later release of this server."
+_MEMORY = "Answers are not stored here: send the whole conversation as input."
 _NEVER = "This server serves text models only."
 
 FIELDS: tuple[Field, ...] = (
-    *_served("model", note="optional while one model is served"),
-    *_served("messages", CHAT),
+    *_served("model", BOTH + RESPONSES, "optional while one model is served"),
+    *_served("model", MESSAGES),
+    *_served("messages", CHAT + MESSAGES),
     *_served("prompt", note="chat: a string, taken as one user message; completions: string(s) or token ids"),
-    *_served("max_tokens temperature top_p n stop stream stream_options seed"),
-    *_served("presence_penalty frequency_penalty logit_bias logprobs"),
+    *_served("max_tokens", BOTH + MESSAGES),
+    *_served("temperature top_p stream", ALL),
+    *_served("n stop stream_options logprobs"),
+    *_served("seed presence_penalty frequency_penalty logit_bias", ALL),
     *_served("max_completion_tokens", CHAT, "wins over max_tokens"),
     *_served("top_logprobs", CHAT),
     *_served("echo", TEXT, "without logprobs"),
     *_served("best_of", TEXT, "only equal to n"),
-    *_served("top_k min_p repetition_penalty stop_token_ids min_tokens ignore_eos", note="vLLM's"),
-    *_served("include_stop_str_in_output skip_special_tokens priority", note="vLLM's"),
+    *_served("top_k min_p repetition_penalty stop_token_ids min_tokens ignore_eos", ALL, "vLLM's"),
+    *_served("include_stop_str_in_output skip_special_tokens priority", ALL, "vLLM's"),
     *_served("return_token_ids", note="vLLM's: ids of prompts and answers; without `stream` only"),
-    *_served("truncate_prompt_tokens", note="vLLM's: only the last so many tokens of each prompt are used"),
+    *_served("truncate_prompt_tokens", ALL, "vLLM's: only the last so many tokens of each prompt are used"),
     *_served("timings", note="this server's own: adds the object `timings` to the answer, or to a stream's last chunk"),
     *_served("add_special_tokens", TEXT, "vLLM's: whether the tokenizer's begin-of-sequence token is put in front"),
-    *_served("add_generation_prompt chat_template_kwargs", CHAT, "vLLM's"),
+    *_served("add_generation_prompt", CHAT, "vLLM's"),
+    *_served("chat_template_kwargs", CHAT + DIALECTS, "vLLM's"),
     *_served("continue_final_message", CHAT, "vLLM's: the answer goes on with the last, an assistant's message"),
-    *_ignored("user safety_identifier metadata store service_tier", note="for the provider's books"),
-    *_ignored("prompt_cache_key prompt_cache_retention prediction", note="hints; equal prefixes are always cached"),
-    *_ignored("verbosity reasoning_effort parallel_tool_calls", CHAT, "no effect on models without these abilities"),
+    *_served("reasoning_effort", CHAT, "given to the model's chat template, which may use it"),
+    *_served("input", RESPONSES, "a string, or messages of text"),
+    *_served("instructions max_output_tokens", RESPONSES),
+    *_served("metadata", RESPONSES, "comes back in the answer"),
+    *_served("reasoning", RESPONSES, "its effort is given to the model's chat template, which may use it"),
+    *_served("store", RESPONSES, "only false: answers are not stored"),
+    *_served("system", MESSAGES, "a string, or text blocks"),
+    *_served("stop_sequences", MESSAGES),
+    *_ignored("user safety_identifier service_tier", BOTH + RESPONSES, "for the provider's books"),
+    *_ignored("metadata", BOTH + MESSAGES, "for the provider's books"),
+    *_ignored("store", BOTH, "for the provider's books"),
+    *_ignored("service_tier inference_geo", MESSAGES, "for the provider's books"),
+    *_ignored("prompt_cache_key prompt_cache_retention", BOTH + RESPONSES, "hints; equal prefixes are always cached"),
+    *_ignored("prediction", note="a hint"),
+    *_ignored("cache_control", MESSAGES, "a hint; equal prefixes are always cached"),
+    *_ignored("verbosity parallel_tool_calls", CHAT, "no effect on models without these abilities"),
+    *_ignored("parallel_tool_calls", RESPONSES, "no effect without tools"),
+    *_ignored("stream_options", RESPONSES, "padding against traffic analysis is not sent"),
     *_ignored("request_id", note="send the header x-request-id instead"),
     Field("response_format", "refused", BOTH, _GRAMMARS, ({"type": "text"},)),
-    Field("structured_outputs", "refused", BOTH, _GRAMMARS, ({},)),
+    Field("structured_outputs", "refused", ALL, _GRAMMARS, ({},)),
     *(
         Field(name, "refused", BOTH, "It was replaced by structured_outputs. " + _GRAMMARS)
         for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
@@ -77,19 +101,37 @@ FIELDS: tuple[Field, ...] = (
     Field("modalities", "refused", CHAT, _NEVER, (["text"],)),
     Field("audio", "refused", CHAT, _NEVER),
     Field("web_search_options", "refused", CHAT, "This server does not search the web."),
-    Field("moderation", "refused", BOTH, "This server does not moderate."),
+    Field("moderation", "refused", BOTH + RESPONSES, "This server does not moderate."),
     Field("suffix", "refused", TEXT, "Only models trained to fill in the middle support it.", ("",)),
     Field("chat_template", "refused", CHAT, "Templates of clients are not run; the model's own template is used."),
-    Field("cache_salt", "refused", BOTH, "Prefix-cache isolation: " + _LATER),
+    Field("cache_salt", "refused", ALL, "Prefix-cache isolation: " + _LATER),
     Field("prompt_logprobs", "refused", BOTH, _LATER),
     Field("add_special_tokens", "refused", CHAT, "The chat template writes them where they belong.", (False,)),
-    Field("allowed_token_ids", "refused", BOTH, "Use logit_bias.", ([],)),
-    Field("bad_words", "refused", BOTH, "Use logit_bias with -100 for single tokens.", ([],)),
+    Field("allowed_token_ids", "refused", ALL, "Use logit_bias.", ([],)),
+    Field("bad_words", "refused", ALL, "Use logit_bias with -100 for single tokens.", ([],)),
     Field("documents", "refused", CHAT, "Put them into the messages, or into chat_template_kwargs.", ([],)),
     Field("prompt_embeds", "refused", TEXT, "Prompts are text or token ids."),
+    Field("previous_response_id", "refused", RESPONSES, _MEMORY),
+    Field("conversation", "refused", RESPONSES, _MEMORY),
+    Field("prompt", "refused", RESPONSES, "Prompt templates are not stored here: send input and instructions."),
+    Field("background", "refused", RESPONSES, "Answers are not stored here, so nobody could fetch one later.", (False,)),
+    Field("include", "refused", RESPONSES, "There is nothing to include: no tools, no stored items, no logprobs.", ([],)),
+    Field("top_logprobs", "refused", RESPONSES, "Use /v1/chat/completions.", (0,)),
+    Field("text", "refused", RESPONSES, _GRAMMARS, ({}, {"format": {"type": "text"}})),
+    Field("truncation", "refused", RESPONSES, "Use truncate_prompt_tokens.", ("disabled",)),
+    Field("max_tool_calls", "refused", RESPONSES, _TOOLS),
+    Field("context_management", "refused", DIALECTS, "The whole conversation is sent each time; leave out what is old.", ([],)),
+    Field("tools", "refused", DIALECTS, _TOOLS, ([],)),
+    Field("tool_choice", "refused", RESPONSES, _TOOLS, ("none", "auto")),
+    Field("tool_choice", "refused", MESSAGES, _TOOLS, ({"type": "none"}, {"type": "auto"})),
+    Field("thinking", "refused", MESSAGES, "Its models do not think apart from answers.", ({"type": "disabled"},)),
+    Field("output_config", "refused", MESSAGES, _GRAMMARS, ({},)),
+    Field("output_format", "refused", MESSAGES, _GRAMMARS),
+    Field("mcp_servers", "refused", MESSAGES, _TOOLS, ([],)),
+    Field("container", "refused", MESSAGES, "There are no containers here."),
     Field("use_beam_search", "refused", BOTH, "Beam search is not planned; use n.", (False,)),
 )
 
 BY_NAME: dict[Endpoint, dict[str, Field]] = {
-    endpoint: {field.name: field for field in FIELDS if endpoint in field.endpoints} for endpoint in BOTH
+    endpoint: {field.name: field for field in FIELDS if endpoint in field.endpoints} for endpoint in ALL
 }

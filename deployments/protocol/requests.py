@@ -108,6 +108,7 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
     logprobs: StrictBool = False
     top_logprobs: Annotated[Int, Field(ge=0)] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     add_generation_prompt: StrictBool | None = None  # true unless the last message is continued
     continue_final_message: StrictBool = False
     chat_template_kwargs: dict[str, Any] = {}

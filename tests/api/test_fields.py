@@ -2,12 +2,20 @@
 
 import pytest
 
+from deployments.protocol.anthropic_request import AnthropicRequest, parse_anthropic
 from deployments.protocol.errors import ApiError
 from deployments.protocol.fields import BY_NAME, FIELDS
 from deployments.protocol.limits import Limits
 from deployments.protocol.requests import ChatRequest, CompletionRequest, parse_chat, parse_completion
+from deployments.protocol.response_request import ResponseRequest, parse_response
 
-MODELS = {"chat": (ChatRequest, parse_chat), "completions": (CompletionRequest, parse_completion)}
+MODELS = {
+    "chat": (ChatRequest, parse_chat, {"prompt": "a"}),
+    "completions": (CompletionRequest, parse_completion, {"prompt": "a"}),
+    "responses": (ResponseRequest, parse_response, {"input": "a"}),
+    "messages": (AnthropicRequest, parse_anthropic,
+                 {"model": "a", "max_tokens": 1, "messages": [{"role": "user", "content": "a"}]}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("endpoint", MODELS)
@@ -23,13 +31,13 @@ def test_no_field_is_listed_twice():
 
 @pytest.mark.parametrize("endpoint", MODELS)
 def test_refused_and_ignored_fields(endpoint):
-    parse = MODELS[endpoint][1]
+    _, parse, base = MODELS[endpoint]
     for field in BY_NAME[endpoint].values():
         if field.status == "served":
             continue
-        body = {"prompt": "a", field.name: {"some": "thing"}}
+        body = {**base, field.name: {"some": "thing"}}
         if field.status == "ignored":
-            assert parse(body, Limits())[1] == []  # known, so not counted as unknown
+            assert parse(body, Limits())[-1] == []  # known, so not counted as unknown
             continue
         with pytest.raises(ApiError) as caught:
             parse(body, Limits())
@@ -37,4 +45,4 @@ def test_refused_and_ignored_fields(endpoint):
         assert (error.status, error.code, error.param) == (400, "unsupported_parameter", field.name)
         assert field.note and field.note in error.message  # says what to do instead
         for value in (None, *field.harmless):
-            parse({"prompt": "a", field.name: value}, Limits())
+            parse({**base, field.name: value}, Limits())

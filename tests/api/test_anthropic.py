@@ -1,0 +1,135 @@
+"""POST /v1/messages: Anthropic's objects, events and errors, and the prompts they make."""
+
+import json
+
+import pytest
+
+from deployments.transport.base import ReplicaLost
+
+BASE = {"model": "acme/tiny", "max_tokens": 20, "messages": [{"role": "user", "content": "hi"}]}
+
+
+def post(server, path="/v1/messages", **fields):
+    status, headers, raw = server.raw("POST", path, {**BASE, **fields})
+    return status, headers, json.loads(raw)
+
+
+def events(server, **fields):
+    status, _, raw = server.raw("POST", "/v1/messages", {**BASE, "stream": True, **fields})
+    assert status == 200, raw
+    found = []
+    for block in raw.decode().split("\n\n")[:-1]:
+        event, data = block.split("\n")
+        content = json.loads(data.removeprefix("data: "))
+        assert event == f"event: {content['type']}"
+        found.append(content)
+    return found
+
+
+def test_a_message(server):
+    server.fake.cached = 3
+    status, headers, answer = post(server, system="Be kind.", temperature=0.5, top_k=4)
+    [request] = server.fake.requests
+    assert status == 200 and answer.pop("id").startswith("msg_") and headers["x-request-id"]
+    assert answer == {
+        "type": "message", "role": "assistant", "model": "acme/tiny", "content": [{"type": "text", "text": "Hello world!"}],
+        "stop_reason": "end_turn", "stop_sequence": None,
+        "usage": {"input_tokens": len(request.prompt_ids) - 3, "cache_creation_input_tokens": 0,
+                  "cache_read_input_tokens": 3, "output_tokens": 4},
+    }  # fmt: skip
+    assert (request.params.max_tokens, request.params.temperature, request.params.top_k) == (20, 0.5, 4)
+    assert bytes(i for i in request.prompt_ids if i < 256).decode() == "system\nBe kind.\nuser\nhi\nassistant\n"
+
+
+def test_blocks_are_text(server):
+    blocks = [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "b"}]
+    post(server, system=blocks, messages=[{"role": "user", "content": blocks}])
+    server.chat(messages=[{"role": "system", "content": "a\nb"}, {"role": "user", "content": "a\nb"}])
+    first, second = server.fake.requests
+    assert first.prompt_ids == second.prompt_ids
+
+
+def test_why_it_stopped(server):
+    assert post(server, max_tokens=2)[2]["stop_reason"] == "max_tokens"
+    stopped = post(server, stop_sequences=["wor", "zzz"])[2]
+    assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", "wor")
+    assert stopped["content"][0]["text"] == "Hello "
+    assert post(server, stop_token_ids=server.encode("!"))[2]["stop_reason"] == "end_turn"
+
+
+def test_a_last_message_of_the_assistant_is_continued(server):
+    messages = [*BASE["messages"], {"role": "assistant", "content": "Well, z"}]
+    post(server, messages=messages)
+    assert bytes(i for i in server.fake.requests[0].prompt_ids if i < 256).decode().endswith("assistant\nWell, z")
+
+
+def test_the_events_of_a_stream(server):
+    found = events(server)
+    assert [one["type"] for one in found] == [
+        "message_start", "content_block_start", *["content_block_delta"] * 3, "content_block_stop", "message_delta",
+        "message_stop",
+    ]  # fmt: skip
+    begun = found[0]["message"]
+    assert begun["content"] == [] and begun["stop_reason"] is None and begun["usage"]["output_tokens"] == 0
+    assert begun["usage"]["input_tokens"] == len(server.fake.requests[0].prompt_ids)
+    assert found[1]["content_block"] == {"type": "text", "text": ""}
+    assert "".join(one["delta"]["text"] for one in found[2:5]) == "Hello world!"
+    assert found[6]["delta"] == {"stop_reason": "end_turn", "stop_sequence": None} and found[6]["usage"]["output_tokens"] == 4
+    assert events(server, stop_sequences=["!"])[-2]["delta"] == {"stop_reason": "stop_sequence", "stop_sequence": "!"}
+
+
+def test_a_stream_that_fails(server):
+    server.fake.failure, server.fake.fail_after = ReplicaLost("gone"), 1
+    last = events(server)[-1]
+    assert last["type"] == "error" and last["error"]["type"] == "overloaded_error" and "replica" in last["error"]["message"]
+
+
+def test_tokens_are_counted_as_they_would_be_used(server):
+    body = {"model": "acme/tiny", "messages": BASE["messages"], "system": "z"}
+    status, _, raw = server.raw("POST", "/v1/messages/count_tokens", body)
+    assert status == 200 and not server.fake.requests
+    post(server, system="z")
+    assert json.loads(raw) == {"input_tokens": len(server.fake.requests[0].prompt_ids)}
+
+
+@pytest.mark.parametrize(("fields", "words"), [
+    ({"max_tokens": None}, "'max_tokens'"),
+    ({"max_tokens": 0}, "'max_tokens'"),
+    ({"max_tokens": 10**6}, "max_tokens is too large"),
+    ({"model": None}, "'model'"),
+    ({"messages": []}, "empty array"),
+    ({"messages": [{"role": "system", "content": "a"}]}, "'user' or 'assistant'"),
+    ({"messages": [{"role": "user", "content": 3}]}, "'messages[0].content'"),
+    ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "type 'text' only"),
+    ({"messages": [{"role": "user", "content": "y" * 300}]}, "maximum context length"),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}, "cannot be continued"),
+    ({"system": 3}, "'system'"),
+    ({"temperature": 1.5}, "'temperature'"),
+    ({"stop_sequences": ["a", "b", "c", "d", "e"]}, "'stop_sequences'"),
+    ({"stop_sequences": [""]}, "'stop_sequences'"),
+    ({"tools": [{"name": "f"}]}, "'tools'"),
+    ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "'thinking'"),
+])  # fmt: skip
+def test_what_is_refused(server, fields, words):
+    for stream in (False, True):
+        status, headers, answer = post(server, stream=stream, **fields)
+        assert status == 400 and answer["error"]["type"] == "invalid_request_error" and words in answer["error"]["message"]
+        assert answer["type"] == "error" and answer["request_id"] == headers["x-request-id"]
+        assert answer.keys() == {"type", "error", "request_id"} and not server.fake.requests
+
+
+def test_errors_of_every_layer_have_anthropics_envelope(server, fresh_server):
+    from deployments.protocol.access import Access, ApiKey
+
+    assert post(server, model="other")[2]["error"]["type"] == "not_found_error"
+    status, _, raw = server.raw("GET", "/v1/messages")
+    assert status == 405 and json.loads(raw)["type"] == "error"
+    assert post(server, system="a" * 30_000)[2]["error"]["type"] == "request_too_large"
+    server.limits.queue_timeout_s, server.fake.first_delay = 0.05, 5.0
+    status, _, answer = post(server)
+    assert status == 503 and answer["error"]["type"] == "overloaded_error"
+    locked = fresh_server(access=Access(keys=[ApiKey(name="me", key="sesame")]))
+    status, _, answer = post(locked)
+    assert status == 401 and answer["error"]["type"] == "authentication_error"
+    headers = {"content-type": "application/json", "x-api-key": "sesame"}
+    assert locked.raw("POST", "/v1/messages", BASE, headers)[0] == 200
