@@ -186,8 +186,6 @@ class StreamedAnswer(Answer):
             if not is_open[i]:
                 is_open[i] = True
                 sse.add(line.open())
-                if job.echoes is not None:
-                    sse.add(line.text(job.echoes[i // request.n]))
             shown = None
             writer = logprobs[i]
             if writer is not None and (entries := choice.take_entries()):
@@ -214,9 +212,18 @@ class StreamedAnswer(Answer):
 
     def _lines(self) -> Sequence[Line]:
         """Writers of events, one per choice."""
-        kind, include_usage = ChatEvents if self._job.is_chat else TextEvents, self._job.request.include_usage
-        head = self._head()
-        return [kind(head, i, include_usage=include_usage) for i in range(len(self._job.choices))]
+        job, request, head = self._job, self._job.request, self._head()
+        kind = ChatEvents if job.is_chat else TextEvents
+        lines = []
+        for choice in job.choices:
+            if request.return_token_ids:
+                choice.ids = []
+            lines.append(kind(
+                head, choice.index, include_usage=request.include_usage,
+                echo=None if job.echoes is None else job.echoes[choice.index // request.n],
+                prompt_ids=choice.request.prompt_ids if request.return_token_ids else None, ids=choice.ids,
+            ))  # fmt: skip
+        return lines
 
     def _last(self) -> bytes:
         """Events after those of all choices."""

@@ -116,7 +116,9 @@ def _job(
     for p, ids in enumerate(prompts):
         for k in range(request.n):
             index = p * request.n + k
-            engine_request = Request(f"{head.id}-{index}", ids, _seeded(params[p], k), request.priority)
+            engine_request = Request(
+                f"{head.id}-{index}", ids, _seeded(params[p], k), request.priority, request.cache_salt or ""
+            )
             choices.append(_choice(service, info, request, engine_request, index, record.begun))
     record.model = head.model
     record.stream = request.stream

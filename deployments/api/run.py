@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from typing import Any
 
 from deployments.api.choice import Choice
 from deployments.api.job import Job
@@ -15,6 +16,8 @@ from deployments.transport.base import NotReady, Overloaded, ReplicaLost, Transp
 from model_core.errors import EngineDead, RequestError
 
 log = logging.getLogger("mini_llm.api")
+
+SHARED_PROMPT = 64  # tokens; computing a shorter one again costs less than the wait for it
 
 Sink = Callable[[Choice, str], Awaitable[None]]
 
@@ -31,13 +34,40 @@ async def run_job(service: Service, job: Job, sink: Sink) -> None:
     elif len(job.choices) == 1:
         await _run(service.transport, job.choices[0], sink)
     else:
-        tasks = [asyncio.ensure_future(_run(service.transport, choice, sink)) for choice in job.choices]
+        tasks = [asyncio.ensure_future(work) for work in _led(service.transport, job, sink)]
         try:
             await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
+
+
+def _led(transport: Transport, job: Job, sink: Sink) -> Iterator[Coroutine[Any, Any, None]]:
+    """A coroutine per choice. Of the choices of a long prompt the first computes it; the others start with its first
+    token, when the prompt's pages are in the prefix cache, and share them.
+    """
+    for first in range(0, len(job.choices), job.request.n):
+        leader, *others = job.choices[first : first + job.request.n]
+        if len(leader.request.prompt_ids) < SHARED_PROMPT:
+            yield from (_run(transport, choice, sink) for choice in (leader, *others))
+            continue
+        computed = asyncio.Event()
+        yield _run(transport, leader, _setting(computed, sink))
+        yield from (_after(computed, transport, choice, sink) for choice in others)
+
+
+def _setting(event: asyncio.Event, sink: Sink) -> Sink:
+    async def set_and_pass_on(choice: Choice, text: str) -> None:
+        event.set()
+        await sink(choice, text)
+
+    return set_and_pass_on
+
+
+async def _after(event: asyncio.Event, transport: Transport, choice: Choice, sink: Sink) -> None:
+    await event.wait()
+    await _run(transport, choice, sink)
 
 
 async def _run(transport: Transport, choice: Choice, sink: Sink) -> None:

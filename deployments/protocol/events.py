@@ -32,17 +32,33 @@ class Line(Protocol):
 
 
 class ChoiceEvents:
-    """Chunk bytes of one choice. `include_usage` puts `"usage": null` (or, if given, the usage so far) into each."""
+    """Chunk bytes of one choice.
 
-    def __init__(self, head: Head, index: int, *, include_usage: bool) -> None:
+    include_usage: put `"usage": null` (or, if given, the usage so far) into each chunk.
+    echo: text that comes before the choice's own.
+    prompt_ids: go out with the first chunk; ids: a list that fills as tokens are made, emptied into each chunk.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        index: int,
+        *,
+        include_usage: bool,
+        echo: str | None = None,
+        prompt_ids: list[int] | None = None,
+        ids: list[int] | None = None,
+    ) -> None:
+        self._echo = echo
+        self._prompt_ids = prompt_ids
+        self._ids = ids
         self._prefix = b"data: " + orjson.dumps(head.json())[:-1] + b',"choices":[{"index":%d,' % index
         self._null_end = b',"usage":null}\n\n' if include_usage else b"}\n\n"
         self._before = self._prefix + self._text_open
         self._after = self._text_close + b',"logprobs":null,"finish_reason":null}]' + self._null_end
 
     def open(self) -> bytes:
-        """What comes before the first text."""
-        return b""
+        raise NotImplementedError
 
     _text_open: bytes
     _text_close: bytes
@@ -50,7 +66,7 @@ class ChoiceEvents:
 
     def text(self, text: str, logprobs: dict[str, Any] | None = None, usage: Usage | None = None) -> bytes:
         """A chunk with more text."""
-        if logprobs is None and usage is None:
+        if logprobs is None and usage is None and self._ids is None:
             return self._before + orjson.dumps(text) + self._after
         return b"".join(
             (
@@ -59,18 +75,29 @@ class ChoiceEvents:
                 self._text_close,
                 b',"logprobs":',
                 orjson.dumps(logprobs),
-                b',"finish_reason":null}]',
+                b',"finish_reason":null',
+                self._taken(),
+                b"}]",
                 self._end(usage),
             )
         )
 
     def finish(self, reason: str, stop_reason: str | int | None, usage: Usage | None = None) -> bytes:
         """The choice's last chunk."""
-        reasons = b',"logprobs":null,"finish_reason":%b,"stop_reason":%b}]' % (
+        reasons = b',"logprobs":null,"finish_reason":%b,"stop_reason":%b%b}]' % (
             orjson.dumps(reason),
             orjson.dumps(stop_reason),
+            self._taken(),
         )
         return self._prefix + self._empty + reasons + self._end(usage)
+
+    def _taken(self) -> bytes:
+        """The ids since the last chunk, as a field of the choice."""
+        if self._ids is None:
+            return b""
+        found = b',"token_ids":' + orjson.dumps(self._ids)
+        self._ids.clear()
+        return found
 
     def _end(self, usage: Usage | None) -> bytes:
         return self._null_end if usage is None else b',"usage":' + orjson.dumps(usage.json()) + b"}\n\n"
@@ -84,6 +111,8 @@ class ChatEvents(ChoiceEvents):
     def open(self) -> bytes:
         """The first chunk of a chat choice: its role, once."""
         delta = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
+        if self._prompt_ids is not None:  # of the whole answer, as vLLM has it: all choices have one prompt
+            delta += b',"prompt_token_ids":' + orjson.dumps(self._prompt_ids)
         return self._prefix + delta + self._null_end
 
 
@@ -91,6 +120,15 @@ class TextEvents(ChoiceEvents):
     _text_open = b'"text":'
     _text_close = b""
     _empty = b'"text":""'
+
+    def open(self) -> bytes:
+        """A chunk with the prompt, if it was asked for in one of both forms."""
+        if self._echo is None and self._prompt_ids is None:
+            return b""
+        text = orjson.dumps(self._echo or "") + b',"logprobs":null,"finish_reason":null'
+        if self._prompt_ids is not None:
+            text += b',"prompt_token_ids":' + orjson.dumps(self._prompt_ids)
+        return self._prefix + self._text_open + text + b"}]" + self._null_end
 
 
 def last_event(head: Head, usage: Usage | None, timings: dict[str, Any] | None) -> bytes:

@@ -58,6 +58,7 @@ class SamplingRequest(BaseModel):
     skip_special_tokens: StrictBool = True
     truncate_prompt_tokens: Annotated[Int, Field(ge=1)] | None = None
     priority: Annotated[Int, Field(ge=-1000, le=1000)] = 0
+    cache_salt: Annotated[StrictStr, Field(max_length=128, pattern=r"^[^@/\\\x00]+$")] | None = None
 
 
 class GenerationRequest(SamplingRequest):
@@ -218,8 +219,6 @@ def _check_limits(request: GenerationRequest, limits: Limits, logprobs: int | No
             param="stop",
             code="array_above_max_length",
         )
-    if request.return_token_ids and request.stream:
-        raise unsupported("return_token_ids", "'return_token_ids' is only supported without 'stream'.")
     if request.stream_options is not None and not request.stream:
         raise bad_request("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
 

@@ -99,9 +99,9 @@ class PagePool:
                 else:
                     self._free.append(page)
 
-    def match(self, tokens: Sequence[int]) -> tuple[list[int], Node | None]:
+    def match(self, tokens: Sequence[int], salt: bytes = b"") -> tuple[list[int], Node | None]:
         """Pages of the longest cached prefix (not acquired yet) and the node to `insert` the next page under."""
-        return self.index.match(tokens) if self.index is not None else ([], None)
+        return self.index.match(tokens, salt) if self.index is not None else ([], None)
 
     def insert(self, parent: Node | None, tokens: Sequence[int], page: int) -> Node | None:
         """Index a full page whose keys and values are written. None: nothing can be indexed below (see PrefixIndex)."""

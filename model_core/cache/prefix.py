@@ -15,7 +15,10 @@ from dataclasses import dataclass
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """One indexed page: the prefix that ends with it. `parent` is the id of the prefix before it."""
+    """One indexed page: the prefix that ends with it. `parent` is the id of the prefix before it.
+
+    A root stands for no page (-1); its `tokens` are the salt, if any, of all that is indexed under it.
+    """
 
     id: int
     parent: int
@@ -44,14 +47,15 @@ class PrefixIndex:
     def __contains__(self, page: int) -> bool:
         return page in self._by_page
 
-    def match(self, tokens: Sequence[int]) -> tuple[list[int], Node]:
-        """Pages of the longest indexed prefix of `tokens`, and the node to index what follows under.
+    def match(self, tokens: Sequence[int], salt: bytes = b"") -> tuple[list[int], Node]:
+        """Pages of the longest prefix of `tokens` indexed under `salt`, and the node to index what follows under.
 
         At most len(tokens) - 1 tokens match: the last one must be computed, or there would be no logits.
         """
-        size, nodes, node, pages = self.page_size, self._nodes, self.root, []
+        size, nodes, pages = self.page_size, self._nodes, []
+        node = Node(id=0, parent=-1, tokens=salt, page=-1) if salt else self.root
         for end in range(size, len(tokens), size):
-            found = nodes.get((node.id, _pack(tokens[end - size : end])))
+            found = nodes.get(_key(node, tokens[end - size : end]))
             if found is None:
                 break
             node = found
@@ -66,9 +70,9 @@ class PrefixIndex:
         been evicted meanwhile.
         """
         assert len(tokens) == self.page_size
-        if parent is not self.root and self._by_page.get(parent.page) is not parent:
+        if parent.page >= 0 and self._by_page.get(parent.page) is not parent:
             return None
-        key = (parent.id, _pack(tokens))
+        key = _key(parent, tokens)
         node = self._nodes.get(key)
         if node is None:
             assert page not in self._by_page, f"page {page} is indexed already"
@@ -80,6 +84,11 @@ class PrefixIndex:
         """Forget an indexed page (its contents are about to be overwritten)."""
         node = self._by_page.pop(page)
         del self._nodes[node.parent, node.tokens]
+
+
+def _key(parent: Node, tokens: Sequence[int]) -> tuple[int, bytes]:
+    """A first page's key holds the salt as well, so that different salts never meet: the tokens have a fixed length."""
+    return parent.id, _pack(tokens) if parent.page >= 0 else _pack(tokens) + parent.tokens
 
 
 def _pack(tokens: Sequence[int]) -> bytes:

@@ -39,12 +39,14 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One sequence to continue. `request_id` is unique among live requests of an engine; priority: lower goes first."""
+    """One sequence to continue. `request_id` is unique among live requests of an engine; priority: lower goes first;
+    cached prefixes are shared only between requests of the same cache_salt."""
 
     request_id: str
     prompt_ids: list[int]
     params: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0
+    cache_salt: str = ""
 
 
 class TokenLogprobs(NamedTuple):

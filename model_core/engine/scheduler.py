@@ -298,7 +298,7 @@ class Scheduler:
         room = pool.available - len(self._running)
         if self._head is not None and self._head[0] is seq and room < self._head[1]:
             return False  # too little was freed since it was looked at: do not walk a long prompt again every step
-        hits, node = pool.match(seq.tokens)
+        hits, node = pool.match(seq.tokens, seq.request.cache_salt.encode())
         fresh = pool.pages_for(seq.total) - len(hits)
         needed = fresh + pool.cost(hits)
         if needed > room:

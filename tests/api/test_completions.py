@@ -2,6 +2,8 @@
 
 import json
 
+from deployments.transport.base import NotReady
+
 
 def complete(server, **fields):
     status, _, raw = server.raw("POST", "/v1/completions", fields)
@@ -132,5 +134,46 @@ def test_token_ids_come_with_the_answer(server):
     assert chat.prompt_token_ids == server.fake.requests[-1].prompt_ids
     assert [one.token_ids for one in chat.choices] == [answered, answered]
     assert not hasattr(server.client().completions.create(model="acme/tiny", prompt="a").choices[0], "token_ids")
-    status, _, body = server.raw("POST", "/v1/completions", {"prompt": "a", "return_token_ids": True, "stream": True})
-    assert status == 400 and json.loads(body)["error"]["param"] == "return_token_ids"
+
+
+def test_token_ids_come_with_a_stream(server):
+    server.fake.script = lambda request: [*server.encode("Hello é st!"), server.IM_END]
+    chunks = server.stream("/v1/completions", prompt=["ab", "c"], n=2, echo=True, stop="sty", return_token_ids=True)[:-1]
+    for index in range(4):
+        own = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == index]
+        assert own[0]["text"] == ["ab", "c"][index // 2] and "token_ids" not in own[0]
+        assert own[0]["prompt_token_ids"] == server.encode(own[0]["text"])
+        assert sum((one["token_ids"] for one in own[1:]), []) == [*server.encode("Hello é st!"), server.IM_END]
+        assert own[1]["token_ids"] == server.encode("Hello")
+        assert next(one for one in own if "é" in one["text"])["token_ids"] == list("é".encode())
+    first, *rest = server.stream(return_token_ids=True)[:-1]
+    assert first["prompt_token_ids"] == server.fake.requests[-1].prompt_ids
+    assert sum((one["choices"][0]["token_ids"] for one in rest), []) == [*server.encode("Hello é st!"), server.IM_END]
+    assert "token_ids" not in str(server.stream()) and "token_ids" not in str(server.stream("/v1/completions", prompt="a"))
+
+
+def test_choices_of_a_long_prompt_start_when_its_pages_are_cached(server):
+    produced = []
+    server.fake.script = lambda request: produced.append(server.fake.produced) or server.encode("Hello world!")
+    server.fake.first_delay = 0.02
+    status, answer = complete(server, prompt="z" * 100, n=3, max_tokens=3)
+    assert status == 200 and [c["text"] for c in answer["choices"]] == ["Hello world!"] * 3
+    assert produced[0] == 0 and min(produced[1:]) >= 1 and len(produced) == 3
+    begun = []
+    server.fake.script = lambda request: begun.append(len(server.fake.requests)) or server.encode("Hello world!")
+    assert complete(server, prompt=["z" * 100, "y" * 100, "z"], n=2, max_tokens=3)[0] == 200
+    assert begun[0] == 3 + 4  # both first choices of the long prompts, and both of the short one
+
+
+def test_a_first_choice_that_fails_takes_the_others_along(server):
+    server.fake.failure = NotReady("gone")
+    assert complete(server, prompt="z" * 100, n=3)[0] == 503
+    assert len(server.fake.requests) == 1
+
+
+def test_cache_salt_reaches_the_engine(server):
+    assert complete(server, prompt="a", cache_salt="tenant 1")[0] == complete(server, prompt="a")[0] == 200
+    assert [request.cache_salt for request in server.fake.requests] == ["tenant 1", ""]
+    for salt in ("", "a@b", "a/b", "a\\b", "a\0b", "x" * 129, 3):
+        status, answer = complete(server, prompt="a", cache_salt=salt)
+        assert status == 400 and answer["error"]["param"] == "cache_salt", salt

@@ -84,3 +84,18 @@ def test_agrees_with_a_search_through_all_prefixes() -> None:
         if end < len(tokens):
             index.insert(node, tokens[end : end + 3], page)
             known[tuple(tokens[: end + 3])] = page
+
+
+def test_salts_never_meet() -> None:
+    index = PrefixIndex(2)
+    tokens = [1, 2, 3, 4, 5]
+    for salt, pages in ((b"", [10, 11]), (b"a", [20, 21]), (b"ab", [30, 31])):
+        node = index.match(tokens, salt)[1]
+        assert node is not None and index.match(tokens, salt)[0] == [], salt
+        for i, page in enumerate(pages):
+            node = index.insert(node, tokens[2 * i : 2 * i + 2], page)
+            assert node is not None
+    for salt, pages in ((b"", [10, 11]), (b"a", [20, 21]), (b"ab", [30, 31]), (b"b", [])):
+        assert index.match(tokens, salt)[0] == pages
+    index.remove(20)
+    assert index.match(tokens, b"a")[0] == [] and index.match(tokens)[0] == [10, 11]

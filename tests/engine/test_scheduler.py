@@ -1,6 +1,7 @@
 """The scheduling policy, one rule at a time."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -155,6 +156,14 @@ def test_prefix_hit_leaves_one_token_to_compute() -> None:
     seq = scheduler.get("d")
     assert step(scheduler) == [("d", 12, 1, True)] and seq.cached_tokens == 12
     assert (scheduler.prefix_queries, scheduler.prefix_hits) == (12 + 12 + 10 + 13, 8 + 8 + 12)
+
+
+def test_prompts_of_other_salts_are_no_hits() -> None:
+    s = make()
+    for name, salt, hits in (("a", "x", 0), ("b", "x", 8), ("c", "y", 0), ("d", "", 0), ("e", "y", 8)):
+        seq = s.add(replace(request(name, 9, max_tokens=1), prompt_ids=list(range(9)), cache_salt=salt))
+        drain(s)
+        assert seq.cached_tokens == hits, name
 
 
 def test_output_is_cached_for_the_next_turn() -> None:
