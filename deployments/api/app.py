@@ -77,6 +77,7 @@ def create_app(
         Route("/ready", endpoints.ready),
         Route("/metrics", endpoints.metrics),
         Route("/version", endpoints.version),
+        Route("/load", endpoints.load),
         Route("/debug/dispatch", endpoints.dispatch),
         Route("/", endpoints.index),
     ]
@@ -168,6 +169,10 @@ class Endpoints:
     async def version(self, request: Request) -> Response:
         return Json({"version": self._service.version})
 
+    async def load(self, request: Request) -> Response:
+        """{server_load}, vLLM's name: sequences of this HTTP replica in work or waiting."""
+        return Json({"server_load": self._service.gate.active})
+
     async def capabilities(self, request: Request) -> Response:
         return Json(contract.capabilities())
 
@@ -193,7 +198,7 @@ class Endpoints:
                 "models": ["GET /v1/models", "GET /v1/models/{id}"],
                 "tokens": ["POST /tokenize", "POST /detokenize", "GET /tokenizer_info"],
                 "describe": ["GET /v1/capabilities", "GET /openapi.json", "GET /docs"],
-                "operate": ["GET /health", "GET /ready", "GET /metrics", "GET /version", "GET /debug/dispatch"],
+                "operate": ["GET /health", "GET /ready", "GET /metrics", "GET /version", "GET /load", "GET /debug/dispatch"],
             }
         )
 

@@ -18,17 +18,20 @@ _POSTS: dict[str, tuple[type[BaseModel], str]] = {
     "/v1/chat/completions": (ChatRequest, "Answer a conversation; streamed as server-sent events if `stream` is true."),
     "/v1/completions": (CompletionRequest, "Continue texts or token ids; streamed as server-sent events if `stream` is true."),
     "/v1/responses": (ResponseRequest, "Answer a conversation, in the form of OpenAI's Responses API; nothing is stored."),
-    "/v1/messages": (AnthropicRequest, "Answer a conversation, in the form of Anthropic's Messages API."),
+    "/v1/messages": (AnthropicRequest, "Answer a conversation, in the form of Anthropic's Messages API; "
+                                       "/v1/messages/count_tokens takes the same and counts the prompt."),
     "/tokenize": (TokenizeRequest, "The token ids of a text or a conversation."),
     "/detokenize": (DetokenizeRequest, "The text of token ids."),
 }  # fmt: skip
 _TABLES: dict[str, Endpoint] = {"/v1/chat/completions": "chat", "/v1/completions": "completions",
-                                "/v1/responses": "responses", "/v1/messages": "messages"}  # fmt: skip
+                                "/v1/responses": "responses", "/v1/messages": "messages",
+                                "/tokenize": "tokenize", "/detokenize": "detokenize"}  # fmt: skip
 _GETS = {
     "/v1/models": "The served model.", "/v1/capabilities": "Every request field, and what this server does with it.",
     "/tokenizer_info": "Begin and end tokens and the chat template.", "/health": "The process is alive.",
     "/ready": "Requests would be answered; 503 while weights load and while draining.",
     "/metrics": "Prometheus text.", "/version": "Version of the server.", "/openapi.json": "This API, for tools.",
+    "/load": "Sequences in work or waiting.",
     "/docs": "This API, for people.", "/debug/dispatch": "Which kernel computes what, and why.",
 }  # fmt: skip
 _ERROR = {
@@ -41,6 +44,13 @@ _ERROR = {
                        "param": {"type": ["string", "null"]}, "code": {"type": ["string", "null"]}},
     }},
 }  # fmt: skip
+_ANTHROPIC_ERROR = {
+    "type": "object",
+    "required": ["type", "error", "request_id"],
+    "properties": {"type": {"const": "error"}, "request_id": {"type": "string"}, "error": {
+        "type": "object", "required": ["type", "message"],
+        "properties": {"type": {"type": "string"}, "message": {"type": "string"}}}},
+}  # fmt: skip
 
 
 def capabilities() -> dict[str, Any]:
@@ -49,15 +59,13 @@ def capabilities() -> dict[str, Any]:
     for path, endpoint in _TABLES.items():  # a test keeps table and models in step
         fields = BY_NAME[endpoint].values()
         found[path] = [{"name": one.name, "status": _WORDS[one.status], "note": one.note} for one in fields]
-    for path in ("/tokenize", "/detokenize"):
-        found[path] = [{"name": name, "status": "supported", "note": ""} for name in _POSTS[path][0].model_fields]
     return {"object": "capabilities", "endpoints": found}
 
 
 def openapi(version: str) -> dict[str, Any]:
     """An OpenAPI 3.1 document. Bodies have the schemas that validate them; fields of other servers may be sent, too."""
-    schemas: dict[str, Any] = {"Error": _ERROR}
-    failure = {"description": "What is wrong, in OpenAI's envelope", "content": _json({"$ref": "#/components/schemas/Error"})}
+    schemas: dict[str, Any] = {"Error": _ERROR, "AnthropicError": _ANTHROPIC_ERROR}
+    failure = _failure("Error", "OpenAI's")
     paths: dict[str, Any] = {}
     for path, (model, summary) in _POSTS.items():
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
@@ -67,9 +75,9 @@ def openapi(version: str) -> dict[str, Any]:
         if "stream" in model.model_fields:
             content["text/event-stream"] = {"schema": {"type": "string"}}
         body = {"required": True, "content": _json({"$ref": f"#/components/schemas/{model.__name__}"})}
-        paths[path] = {"post": {"summary": summary, "requestBody": body,
-                                "responses": {"200": {"description": "The answer", "content": content},
-                                              "default": failure}}}  # fmt: skip
+        paths[path] = {"post": {"summary": summary, "requestBody": body, "responses": {
+            "200": {"description": "The answer", "content": content},
+            "default": _failure("AnthropicError", "Anthropic's") if path == "/v1/messages" else failure}}}  # fmt: skip
     for schema in schemas.values():
         _as_parsed(schema)
     for path, summary in _GETS.items():
@@ -117,6 +125,11 @@ def _as_parsed(schema: dict[str, Any]) -> None:
 
 
 _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+
+
+def _failure(schema: str, whose: str) -> dict[str, Any]:
+    reference = {"$ref": f"#/components/schemas/{schema}"}
+    return {"description": f"What is wrong, in {whose} envelope", "content": _json(reference)}
 
 
 def _json(schema: dict[str, Any]) -> dict[str, Any]:

@@ -104,8 +104,9 @@ def _job(
     check_ids(info, request.stop_token_ids, "stop_token_ids")
     check_ids(info, list(request.logit_bias), "logit_bias")
     is_chat = isinstance(request, ChatRequest)
+    key = uuid.uuid4().hex  # the engine's name for it; a client's need not be unique
     head = Head(
-        ("chatcmpl-" if is_chat else "cmpl-") + uuid.uuid4().hex,
+        ("chatcmpl-" if is_chat else "cmpl-") + (request.request_id or key),
         "chat.completion" if is_chat else "text_completion",
         int(time.time()),
         request.model or info.model,
@@ -117,7 +118,7 @@ def _job(
         for k in range(request.n):
             index = p * request.n + k
             engine_request = Request(
-                f"{head.id}-{index}", ids, _seeded(params[p], k), request.priority, request.cache_salt or ""
+                f"{key}-{index}", ids, _seeded(params[p], k), request.priority, request.cache_salt or ""
             )
             choices.append(_choice(service, info, request, engine_request, index, record.begun))
     record.model = head.model

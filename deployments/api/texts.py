@@ -23,7 +23,8 @@ class TextRoutes:
     async def tokenize(self, request: Request) -> Response:
         """{count, max_model_len, tokens, token_strs}. A text may be longer than the context: its count is what is asked."""
         service = self._service
-        asked = parse_tokenize(await read_body(service, request))
+        asked, unknown = parse_tokenize(await read_body(service, request))
+        service.metrics.unknown_fields += len(unknown)
         info = await service.check_model(asked.model)
         try:
             ids = await self._encode(asked)
@@ -35,7 +36,8 @@ class TextRoutes:
     async def detokenize(self, request: Request) -> Response:
         """{prompt}: the text of the ids, control tokens included."""
         service = self._service
-        asked = parse_detokenize(await read_body(service, request))
+        asked, unknown = parse_detokenize(await read_body(service, request))
+        service.metrics.unknown_fields += len(unknown)
         check_ids(await service.check_model(asked.model), asked.tokens, "tokens")
         work = lambda: service.tokenizer.decode(asked.tokens, skip_special_tokens=False)  # noqa: E731
         return Json({"prompt": await service.text_work(len(asked.tokens), work)})
@@ -67,5 +69,8 @@ class TextRoutes:
         kwargs = check_template_kwargs(asked.chat_template_kwargs)
         return await service.text_work(
             sum(len(message["content"]) for message in messages),
-            lambda: service.tokenizer.encode_chat(messages, add_generation_prompt=asked.add_generation_prompt, **kwargs),
+            lambda: service.tokenizer.encode_chat(
+                messages, add_generation_prompt=asked.generation_prompt,
+                continue_final_message=asked.continue_final_message, **kwargs,
+            ),  # fmt: skip
         )

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Endpoint = Literal["chat", "completions", "responses", "messages"]
+Endpoint = Literal["chat", "completions", "responses", "messages", "tokenize", "detokenize"]
 Status = Literal["served", "ignored", "refused"]
 BOTH: tuple[Endpoint, ...] = ("chat", "completions")
 CHAT: tuple[Endpoint, ...] = ("chat",)
@@ -21,6 +21,8 @@ TEXT: tuple[Endpoint, ...] = ("completions",)
 RESPONSES: tuple[Endpoint, ...] = ("responses",)
 MESSAGES: tuple[Endpoint, ...] = ("messages",)
 DIALECTS = RESPONSES + MESSAGES
+TOKENIZE: tuple[Endpoint, ...] = ("tokenize",)
+DETOKENIZE: tuple[Endpoint, ...] = ("detokenize",)
 ALL = BOTH + DIALECTS
 
 
@@ -48,9 +50,12 @@ _MEMORY = "Answers are not stored here: send the whole conversation as input."
 _NEVER = "This server serves text models only."
 
 FIELDS: tuple[Field, ...] = (
-    *_served("model", BOTH + RESPONSES, "optional while one model is served"),
+    *_served("model", BOTH + RESPONSES + TOKENIZE + DETOKENIZE, "optional while one model is served"),
     *_served("model", MESSAGES),
     *_served("messages", CHAT + MESSAGES),
+    *_served("prompt messages add_special_tokens add_generation_prompt continue_final_message", TOKENIZE),
+    *_served("chat_template_kwargs return_token_strs", TOKENIZE),
+    *_served("tokens", DETOKENIZE),
     *_served("prompt", note="chat: a string, taken as one user message; completions: string(s) or token ids"),
     *_served("max_tokens", BOTH + MESSAGES),
     *_served("temperature top_p stream", ALL),
@@ -62,6 +67,7 @@ FIELDS: tuple[Field, ...] = (
     *_served("best_of", TEXT, "only equal to n"),
     *_served("top_k min_p repetition_penalty stop_token_ids min_tokens ignore_eos", ALL, "vLLM's"),
     *_served("include_stop_str_in_output skip_special_tokens priority", ALL, "vLLM's"),
+    *_served("request_id", note="vLLM's: ends the answer's id; logs and spans have the header x-request-id"),
     *_served("return_token_ids", note="vLLM's: adds `prompt_token_ids` and `token_ids`"),
     *_served("cache_salt", ALL, "vLLM's: cached prefixes are shared only with requests of the same salt"),
     *_served("truncate_prompt_tokens", ALL, "vLLM's: only the last so many tokens of each prompt are used"),
@@ -88,14 +94,13 @@ FIELDS: tuple[Field, ...] = (
     *_ignored("verbosity parallel_tool_calls", CHAT, "no effect on models without these abilities"),
     *_ignored("parallel_tool_calls", RESPONSES, "no effect without tools"),
     *_ignored("stream_options", RESPONSES, "padding against traffic analysis is not sent"),
-    *_ignored("request_id", note="send the header x-request-id instead"),
     Field("response_format", "refused", BOTH, _GRAMMARS, ({"type": "text"},)),
     Field("structured_outputs", "refused", ALL, _GRAMMARS, ({},)),
     *(
         Field(name, "refused", BOTH, "It was replaced by structured_outputs. " + _GRAMMARS)
         for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
     ),
-    Field("tools", "refused", CHAT, _TOOLS, ([],)),
+    Field("tools", "refused", CHAT + TOKENIZE, _TOOLS, ([],)),
     Field("tool_choice", "refused", CHAT, _TOOLS, ("none", "auto")),
     Field("functions", "refused", CHAT, "It is deprecated. " + _TOOLS, ([],)),
     Field("function_call", "refused", CHAT, "It is deprecated. " + _TOOLS, ("none", "auto")),
@@ -104,7 +109,7 @@ FIELDS: tuple[Field, ...] = (
     Field("web_search_options", "refused", CHAT, "This server does not search the web."),
     Field("moderation", "refused", BOTH + RESPONSES, "This server does not moderate."),
     Field("suffix", "refused", TEXT, "Only models trained to fill in the middle support it.", ("",)),
-    Field("chat_template", "refused", CHAT, "Templates of clients are not run; the model's own template is used."),
+    Field("chat_template", "refused", CHAT + TOKENIZE, "Templates of clients are not run; the model's own template is used."),
     Field("prompt_logprobs", "refused", BOTH, _LATER),
     Field("add_special_tokens", "refused", CHAT, "The chat template writes them where they belong.", (False,)),
     Field("allowed_token_ids", "refused", ALL, "Use logit_bias.", ([],)),
@@ -133,5 +138,5 @@ FIELDS: tuple[Field, ...] = (
 )
 
 BY_NAME: dict[Endpoint, dict[str, Field]] = {
-    endpoint: {field.name: field for field in FIELDS if endpoint in field.endpoints} for endpoint in ALL
+    endpoint: {field.name: field for field in FIELDS if endpoint in field.endpoints} for endpoint in ALL + TOKENIZE + DETOKENIZE
 }

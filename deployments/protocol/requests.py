@@ -7,7 +7,7 @@ Names, defaults and ranges: OpenAI's document; the extra sampling fields are vLL
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr, ValidationError, WithJsonSchema
 
@@ -68,6 +68,7 @@ class GenerationRequest(SamplingRequest):
     n: Annotated[Int, Field(ge=1)] = 1
     stop: Annotated[list[str], BeforeValidator(as_stops), WithJsonSchema(STOP_SCHEMA)] = []
     stream_options: StreamOptions | None = None
+    request_id: Annotated[StrictStr, Field(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None
     return_token_ids: StrictBool = False
     timings: StrictBool = False
 
@@ -154,15 +155,25 @@ def parse_chat(body: dict[str, Any], limits: Limits) -> tuple[ChatRequest, list[
         )
     if request.messages is not None and request.prompt is not None:
         raise bad_request("Send either 'messages' or 'prompt', not both.", param="prompt")
-    if request.continue_final_message:
-        _check_continued(request)
+    check_continued(request)
     if request.top_logprobs is not None and not request.logprobs:
         raise bad_request("'top_logprobs' is only allowed when 'logprobs' is true.", param="top_logprobs")
     _check_limits(request, limits, request.top_logprobs, "top_logprobs")
     return request, unknown
 
 
-def _check_continued(request: ChatRequest) -> None:
+class Continued(Protocol):
+    """The fields of a request whose last message may be continued."""
+
+    messages: list[Message] | None
+    add_generation_prompt: bool | None
+    continue_final_message: bool
+
+
+def check_continued(request: Continued) -> None:
+    """Raises ApiError 400 for a last message that cannot be continued."""
+    if not request.continue_final_message:
+        return
     if request.add_generation_prompt:
         raise bad_request("'continue_final_message' and 'add_generation_prompt' cannot both be true.",
                           param="continue_final_message")  # fmt: skip

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr
 
 from deployments.protocol.errors import bad_request
-from deployments.protocol.requests import Message
-from deployments.protocol.validation import translate
+from deployments.protocol.requests import Message, check_continued, parse_fields
 from deployments.protocol.values import TokenId
-
-T = TypeVar("T", bound=BaseModel)
 
 
 class TokenizeRequest(BaseModel):
@@ -23,9 +20,14 @@ class TokenizeRequest(BaseModel):
     prompt: StrictStr | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
     add_special_tokens: StrictBool = True
-    add_generation_prompt: StrictBool = True
+    add_generation_prompt: StrictBool | None = None  # true unless the last message is continued
+    continue_final_message: StrictBool = False
     chat_template_kwargs: dict[str, Any] = {}
     return_token_strs: StrictBool = False
+
+    @property
+    def generation_prompt(self) -> bool:
+        return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
 
 
 class DetokenizeRequest(BaseModel):
@@ -35,21 +37,15 @@ class DetokenizeRequest(BaseModel):
     tokens: list[TokenId]
 
 
-def parse_tokenize(body: dict[str, Any]) -> TokenizeRequest:
-    """Raises ApiError 400."""
-    request = _parse(TokenizeRequest, body)
+def parse_tokenize(body: dict[str, Any]) -> tuple[TokenizeRequest, list[str]]:
+    """The validated request and the names of unknown fields. Raises ApiError 400."""
+    request, unknown = parse_fields(TokenizeRequest, "tokenize", body)
     if (request.prompt is None) == (request.messages is None):
         raise bad_request("Send either 'prompt' or 'messages'.", param="prompt", code="missing_required_parameter")
-    return request
+    check_continued(request)
+    return request, unknown
 
 
-def parse_detokenize(body: dict[str, Any]) -> DetokenizeRequest:
-    """Raises ApiError 400."""
-    return _parse(DetokenizeRequest, body)
-
-
-def _parse(model: type[T], body: dict[str, Any]) -> T:
-    try:
-        return model.model_validate({name: value for name, value in body.items() if value is not None})
-    except ValidationError as error:
-        raise translate(error) from None
+def parse_detokenize(body: dict[str, Any]) -> tuple[DetokenizeRequest, list[str]]:
+    """The validated request and the names of unknown fields. Raises ApiError 400."""
+    return parse_fields(DetokenizeRequest, "detokenize", body)

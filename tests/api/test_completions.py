@@ -171,6 +171,14 @@ def test_a_first_choice_that_fails_takes_the_others_along(server):
     assert len(server.fake.requests) == 1
 
 
+def test_a_request_id_ends_the_answers_id(server):
+    for _ in range(2):  # the engine must not see it twice
+        assert complete(server, prompt="a", request_id="mine-7", n=2)[1]["id"] == "cmpl-mine-7"
+    assert len({request.request_id for request in server.fake.requests}) == 4
+    for bad in ("", "a b", "é", "x" * 129):
+        assert complete(server, prompt="a", request_id=bad)[1]["error"]["param"] == "request_id"
+
+
 def test_cache_salt_reaches_the_engine(server):
     assert complete(server, prompt="a", cache_salt="tenant 1")[0] == complete(server, prompt="a")[0] == 200
     assert [request.cache_salt for request in server.fake.requests] == ["tenant 1", ""]

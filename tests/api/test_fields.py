@@ -8,11 +8,23 @@ from deployments.protocol.fields import BY_NAME, FIELDS
 from deployments.protocol.limits import Limits
 from deployments.protocol.requests import ChatRequest, CompletionRequest, parse_chat, parse_completion
 from deployments.protocol.response_request import ResponseRequest, parse_response
+from deployments.protocol.tokens import DetokenizeRequest, TokenizeRequest, parse_detokenize, parse_tokenize
+
+
+def tokenize(body, limits):
+    return parse_tokenize(body)
+
+
+def detokenize(body, limits):
+    return parse_detokenize(body)
+
 
 MODELS = {
     "chat": (ChatRequest, parse_chat, {"prompt": "a"}),
     "completions": (CompletionRequest, parse_completion, {"prompt": "a"}),
     "responses": (ResponseRequest, parse_response, {"input": "a"}),
+    "tokenize": (TokenizeRequest, tokenize, {"prompt": "a"}),
+    "detokenize": (DetokenizeRequest, detokenize, {"tokens": [1]}),
     "messages": (AnthropicRequest, parse_anthropic,
                  {"model": "a", "max_tokens": 1, "messages": [{"role": "user", "content": "a"}]}),
 }  # fmt: skip

@@ -94,6 +94,20 @@ def test_capabilities_name_every_field_once(server):
         assert set(said.values()) == {"supported", "ignored", "refused"}
 
 
+def test_a_last_message_that_is_continued_is_tokenised_so(server):
+    messages = [*MESSAGES, {"role": "assistant", "content": "zyx"}]
+    tokens = post(server, "/tokenize", {"messages": messages, "continue_final_message": True})[2]["tokens"]
+    assert bytes(tokens[-3:]) == b"zyx"
+    status, _, answer = post(server, "/tokenize", {"messages": MESSAGES, "continue_final_message": True})
+    assert (status, answer["error"]["param"]) == (400, "continue_final_message")
+
+
+def test_load(server):
+    assert json.loads(server.raw("GET", "/load")[2]) == {"server_load": 0}
+    with server.gate.hold(3):
+        assert json.loads(server.raw("GET", "/load")[2]) == {"server_load": 3}
+
+
 def test_a_field_that_capabilities_call_refused_is_refused(server):
     for path, extra in (("/v1/chat/completions", {"messages": MESSAGES}), ("/v1/completions", {"prompt": "a"})):
         for field in capabilities()["endpoints"][path]:
