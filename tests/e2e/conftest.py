@@ -12,5 +12,6 @@ from benchmarks.server import Server, serving
 
 @pytest.fixture(scope="session")
 def server(smollm2_dir: Path) -> Iterator[Server]:
-    with serving({"weight_dir": str(smollm2_dir.parent)}) as running:
+    limits = {"max_queued_requests": 32}  # so that a test can go beyond it
+    with serving({"weight_dir": str(smollm2_dir.parent), "limits": limits}) as running:
         yield running
