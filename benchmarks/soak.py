@@ -6,8 +6,9 @@ Everything is real: HAProxy, the HTTP API, the transport, the engine; without --
 that answers are any bytes at all. Rounds of requests (benchmarks/traffic.py), a dozen at a time, of which some clients leave in
 the middle or read slowly; then a burst beyond the queue's limit; then silence, in which no page, no slot and no request may be
 left, and a fixed request must be answered as before all of them. Every answer is validated (benchmarks/judge.py); a 5xx is a
-failure, but for the 503 of a burst. Memory: resident MiB of the HTTP and the model replica after each round; slope: least
-squares over all rounds after the first quarter, in KiB per 1,000 requests. Written to benchmarks/results/<device>/soak.json.
+failure, but for the 503 of a burst. Memory: resident MiB of the HTTP and the model replica after each round. It is a sawtooth
+(both give some 14 MiB back every 4,000 requests or so); slope: least squares over all rounds after the first quarter, in KiB
+per 1,000 requests, so it wants some teeth. Written to benchmarks/results/<device>/soak.json.
 """
 
 from __future__ import annotations
