@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from model_core.grammar.spec import GrammarSpec
+
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -19,6 +21,7 @@ class SamplingParams:
     logprobs: None for none, k >= 0 for the sampled token's and the k best tokens' log-probabilities (raw, before
     bias, penalties and temperature).
     stop_ids end the sequence and are part of token events; eos of the model is added unless ignore_eos.
+    grammar: what the output must look like; None for anything.
     """
 
     max_tokens: int = 16
@@ -35,6 +38,7 @@ class SamplingParams:
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
+    grammar: GrammarSpec | None = None
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ def validate(request: Request, vocab_size: int) -> None:
         _between("seed", p.seed, -(1 << 63), (1 << 63) - 1)
     _size("logit_bias", len(p.logit_bias), MAX_LOGIT_BIAS)
     _size("stop_token_ids", len(p.stop_ids), MAX_STOP_IDS)
+    if p.grammar is not None:
+        raise RequestError("this engine cannot constrain its output yet", param=p.grammar.param, code="unsupported_parameter")
     for value in p.logit_bias.values():
         _between("logit_bias", value, -100, 100)
     for field, ids in (("prompt", request.prompt_ids), ("logit_bias", p.logit_bias), ("stop_token_ids", p.stop_ids)):

@@ -1,0 +1,59 @@
+"""A small vocabulary, and texts that a model of no sense at all would write under a grammar."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+
+from model_core.grammar.matcher import Compiled, Matcher, Vocabulary
+from model_core.grammar.spec import GrammarSpec
+
+_WORDS = ['{"', '"}', '": ', '", "', '",', '"]', "]}", "}}", "null", "true", "10", "-1", "12.5", ".5", "e1", "ab", "abc",
+          "aaaa", "é€", "\n\n", '\\"', '\\n"', 'x" y', ", ", "[[", "<tool", "_call>", "😀"]  # fmt: skip
+_PIECES = [bytes([i]) for i in range(256)] + [word.encode() for word in _WORDS] + ["€".encode()[:2], b"a\xe2", b"\x82\xac"]
+STOP, SPECIAL = len(_PIECES), len(_PIECES) + 1
+VOCABULARY = Vocabulary([*_PIECES, b"", b""], SPECIAL + 4, [STOP])  # two ids that the tokenizer does not know
+
+
+def compiled(spec: GrammarSpec) -> Compiled:
+    return Compiled.of(spec, VOCABULARY)
+
+
+def allowed(matcher: Matcher) -> list[int]:
+    """Ids that may come next."""
+    mask = np.zeros(VOCABULARY.words, dtype=np.int32)
+    matcher.fill(mask)
+    return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")[: VOCABULARY.size]).tolist()
+
+
+def write(grammar: Compiled, seed: int, most: int = 500) -> tuple[bytes, bool]:
+    """What random choices write, and whether it came to an end by itself. It likes to close what is open."""
+    chance, matcher, output = random.Random(seed), Matcher(grammar, frozenset([STOP])), list[int]()
+    for step in range(most):
+        ids = allowed(matcher)
+        assert ids, f"nothing may follow {text(output)!r}"
+        assert max(ids) <= STOP, "an id that stands for no text"
+        eager = 1 + step / 20
+        weights = [8 * eager if i == STOP or VOCABULARY.tokens[i][:1] in (b'"', b"}", b"]") else 1.0 if i > 255 else
+                   0.5 if i < 128 else 0.02 for i in ids]  # fmt: skip
+        token = chance.choices(ids, weights)[0]
+        if token == STOP:
+            return text(output), True
+        output.append(token)
+        matcher.follow(output)  # raises if the mask had allowed too much
+    return text(output), False
+
+
+def accepts(grammar: Compiled, whole: str) -> bool:
+    """Whether the text, and not only a beginning of one, is of the grammar; byte by byte."""
+    matcher = Matcher(grammar, frozenset([STOP]))
+    try:
+        matcher.follow(list(whole.encode()))
+    except ValueError:
+        return False
+    return STOP in allowed(matcher)
+
+
+def text(output: list[int]) -> bytes:
+    return b"".join(VOCABULARY.tokens[i] for i in output)
