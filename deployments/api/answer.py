@@ -17,7 +17,7 @@ from deployments.api.job import Job
 from deployments.api.run import run_job
 from deployments.api.service import Service
 from deployments.api.sse import SseWriter
-from deployments.api.supervise import supervise
+from deployments.api.supervise import supervise, timeout_of
 from deployments.api.timings import decode_seconds, timings
 from deployments.protocol.errors import ApiError
 from deployments.protocol.events import (
@@ -28,7 +28,7 @@ from deployments.protocol.events import (
     error_event,
     last_event,
 )
-from deployments.protocol.responses import Entry, Head, chat_choice, text_choice, whole
+from deployments.protocol.responses import Entry, Head, Usage, chat_choice, text_choice, whole
 
 FAREWELL_S = 5.0
 
@@ -60,9 +60,11 @@ class Answer:
         scope["mini_llm.job"] = job  # for a span
         count = len(job.choices)
         await service.gate.check(count)
+        own = timeout_of(scope)
         with service.gate.hold(count):
+            self._count()
             try:
-                await supervise(self._produce(scope, send), receive, self, service.limits)
+                await supervise(self._produce(scope, send), receive, self, service.limits, own)
             except ApiError as error:
                 is_fault = error.type == "server_error" or error.code == "replica_lost"
                 self._unfinished = "error" if is_fault else "abort"
@@ -82,12 +84,17 @@ class Answer:
     def _end(self) -> None:
         """Called once, however the request ended."""
 
+    def _count(self) -> Usage:
+        """The tokens so far, also into the record: a key's allowance is charged by it when the answer begins and ends."""
+        record, usage = self._job.record, self._job.usage()
+        record.prompt_tokens, record.completion_tokens, record.cached_tokens = usage
+        return usage
+
     def _account(self) -> None:
         """Metrics and the access record, however the request ended."""
         job, metrics = self._job, self._service.metrics
-        usage = job.usage()
+        usage = self._count()
         record = job.record
-        record.prompt_tokens, record.completion_tokens, record.cached_tokens = usage
         record.finish = ",".join(choice.finish or self._unfinished for choice in job.choices)
         firsts = [choice.first_token_at for choice in job.choices if choice.first_token_at is not None]
         if firsts:
@@ -137,6 +144,7 @@ class WholeAnswer(Answer):
                 entries[choice.index].extend(choice.take_entries())
 
         await run_job(self._service, job, collect)
+        self._count()
         self._blocked_since = time.perf_counter()
         await Json(self._body(["".join(parts) for parts in texts], entries))(scope, _no_receive, send)
 

@@ -34,6 +34,10 @@ _GETS = {
     "/load": "Sequences in work or waiting.",
     "/docs": "This API, for people.", "/debug/dispatch": "Which kernel computes what, and why.",
 }  # fmt: skip
+_PARAMETERS = [
+    {"name": "x-request-timeout", "in": "header", "schema": {"type": "number", "exclusiveMinimum": 0},
+     "description": "Seconds this request may take, at most those of the server's setting."},
+]  # fmt: skip
 _ERROR = {
     "type": "object",
     "required": ["error"],
@@ -75,7 +79,8 @@ def openapi(version: str) -> dict[str, Any]:
         if "stream" in model.model_fields:
             content["text/event-stream"] = {"schema": {"type": "string"}}
         body = {"required": True, "content": _json({"$ref": f"#/components/schemas/{model.__name__}"})}
-        paths[path] = {"post": {"summary": summary, "requestBody": body, "responses": {
+        parameters = _PARAMETERS if "stream" in model.model_fields else []
+        paths[path] = {"post": {"summary": summary, "parameters": parameters, "requestBody": body, "responses": {
             "200": {"description": "The answer", "content": content},
             "default": _failure("AnthropicError", "Anthropic's") if path == "/v1/messages" else failure}}}  # fmt: skip
     for schema in schemas.values():

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api.edge import refuse
-from deployments.api.keys import KeyRing
+from deployments.api.keys import Bucket, KeyRing
+from deployments.api.record import Record
 from deployments.protocol.errors import ApiError, bad_request, no_key
 
 # What probes, load balancers and people need before they have a key; none of it tells about the model or costs work.
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version", "/docs", "/openapi.json"})
-_EXPOSED = ("x-request-id", "retry-after", "x-should-retry", "x-ratelimit-limit-requests",
-            "x-ratelimit-remaining-requests", "x-ratelimit-reset-requests")  # fmt: skip
+_EXPOSED = ("x-request-id", "retry-after", "x-should-retry",
+            *(f"x-ratelimit-{what}-{unit}" for what in ("limit", "remaining", "reset") for unit in ("requests", "tokens")))
 
 
 class Guard:
@@ -37,11 +40,13 @@ class Guard:
         if scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        bucket = holder.bucket
+        charge = Charge(holder.tokens, scope["mini_llm.record"], self._keys.clock)
 
         async def send_with_allowance(message: Message) -> None:
-            if bucket is not None and message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), *bucket.headers()]
+            if message["type"] == "http.response.start":
+                charge.now()
+                buckets = (bucket for bucket in (holder.requests, holder.tokens) if bucket is not None)
+                message["headers"] = [*message.get("headers", ()), *(pair for bucket in buckets for pair in bucket.headers())]
             await send(message)
 
         try:
@@ -49,6 +54,24 @@ class Guard:
                 await self._app(scope, receive, send_with_allowance)
         except ApiError as error:  # only hold() raises one here: those of the routes have become answers
             await refuse(error, scope, receive, send_with_allowance)
+        finally:
+            charge.now()
+
+
+class Charge:
+    """What one request uses of its key's tokens: those that its record has when `now` is called, each once."""
+
+    def __init__(self, tokens: Bucket | None, record: Record, clock: Callable[[], float]) -> None:
+        self._tokens = tokens
+        self._record = record
+        self._clock = clock
+        self._charged = 0
+
+    def now(self) -> None:
+        if self._tokens is not None:
+            used = (self._record.prompt_tokens or 0) + (self._record.completion_tokens or 0)
+            self._tokens.spend(used - self._charged, self._clock())
+            self._charged = used
 
 
 def _key_of(scope: Scope) -> bytes:

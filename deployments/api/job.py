@@ -64,7 +64,7 @@ async def chat_job(service: Service, request: ChatRequest, record: Record) -> Jo
             ids = await _encode_messages(service, info, messages, request)
     except RequestError as error:
         raise refused(error) from None
-    ids = _last(ids, request)
+    ids = _last(info, ids, request)
     _check_room(info, ids, "messages" if request.prompt is None else "prompt")
     return _job(service, info, request, record, [ids], None)
 
@@ -80,7 +80,8 @@ async def completion_job(service: Service, request: CompletionRequest, record: R
     prompts: list[list[int]] = []
     try:
         for prompt in request.prompt:
-            prompts.append(_last(await _encode_prompt(service, info, prompt, request, request.add_special_tokens), request))
+            ids = await _encode_prompt(service, info, prompt, request, request.add_special_tokens)
+            prompts.append(_last(info, ids, request))
             if request.max_tokens:
                 _check_room(info, prompts[-1], "prompt")
     except RequestError as error:
@@ -252,9 +253,15 @@ async def _encode_prompt(
     return ids
 
 
-def _last(ids: list[int], request: GenerationRequest) -> list[int]:
-    """What the request wants of a prompt: its last tokens, or all."""
-    return ids if request.truncate_prompt_tokens is None else ids[-request.truncate_prompt_tokens :]
+def _last(info: EngineInfo, ids: list[int], request: ChatRequest | CompletionRequest) -> list[int]:
+    """What the request wants of a prompt: all, its last tokens, or those that leave room for max_tokens."""
+    wanted = request.truncate_prompt_tokens
+    if wanted is None:
+        return ids
+    if wanted < 0:
+        answer = 1 if request.asked_tokens is None else request.asked_tokens
+        wanted = max(1, min(info.context_length, info.pool_tokens) - answer)
+    return ids[-wanted:]
 
 
 def _check_room(info: EngineInfo, ids: list[int], noun: str) -> None:

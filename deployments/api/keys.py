@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from deployments.protocol.access import Access, ApiKey, read_keys
 from deployments.protocol.errors import rate_limited
@@ -21,32 +22,39 @@ RELOAD_S = 1.0  # how often the keys_file is looked at, by the requests that com
 
 
 class Bucket:
-    """Tokens that come back at a steady rate: `per_minute` at once at most, and as many in any minute after that."""
+    """An allowance of `unit` that comes back at a steady rate: `per_minute` at once at most, and as many in any minute after
+    that. What is only known later may overdraw it; it is then paid back first. now: seconds, monotonic."""
 
-    def __init__(self, per_minute: int, now: float) -> None:
+    def __init__(self, per_minute: int, now: float, unit: Literal["requests", "tokens"] = "requests") -> None:
         self.per_minute = per_minute
+        self.unit = unit
         self._left = float(per_minute)
         self._at = now
 
-    def take(self, now: float) -> bool:
-        """One token, if there is one. now: seconds, monotonic."""
+    def check(self, now: float) -> None:
+        """Raises ApiError 429 if nothing is left."""
         self._refill(now)
         if self._left < 1:
-            return False
-        self._left -= 1
-        return True
+            wait = self.wait_s()
+            words = f"Rate limit reached: {self.per_minute} {self.unit} per minute. Please try again in {_duration(wait)}."
+            raise rate_limited(words, math.ceil(wait))
+
+    def spend(self, count: int, now: float) -> None:
+        self._refill(now)
+        self._left -= count
 
     def wait_s(self) -> float:
-        """Seconds from the last take() until there is a token."""
+        """Seconds from the last look until something is left."""
         return max(0.0, (1 - self._left) * 60 / self.per_minute)
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """OpenAI's headers, as of the last take()."""
+        """OpenAI's headers, as of the last look."""
         reset = (self.per_minute - self._left) * 60 / self.per_minute
+        unit = self.unit.encode()
         return [
-            (b"x-ratelimit-limit-requests", b"%d" % self.per_minute),
-            (b"x-ratelimit-remaining-requests", b"%d" % self._left),
-            (b"x-ratelimit-reset-requests", _duration(reset).encode()),
+            (b"x-ratelimit-limit-" + unit, b"%d" % self.per_minute),
+            (b"x-ratelimit-remaining-" + unit, b"%d" % max(self._left, 0)),
+            (b"x-ratelimit-reset-" + unit, _duration(reset).encode()),
         ]
 
     def resize(self, per_minute: int) -> None:
@@ -62,19 +70,16 @@ class Holder:
     """The holder of one key in this HTTP replica."""
 
     def __init__(self, key: ApiKey, now: float) -> None:
-        self.key = key
         self.active = 0
-        self.bucket = None if key.requests_per_minute is None else Bucket(key.requests_per_minute, now)
+        self.requests: Bucket | None = None
+        self.tokens: Bucket | None = None
+        self.change(key, now)
 
     def change(self, key: ApiKey, now: float) -> None:
         """New limits from an edited file; what has been used stays used."""
         self.key = key
-        if key.requests_per_minute is None:
-            self.bucket = None
-        elif self.bucket is None:
-            self.bucket = Bucket(key.requests_per_minute, now)
-        else:
-            self.bucket.resize(key.requests_per_minute)
+        self.requests = _changed(self.requests, key.requests_per_minute, "requests", now)
+        self.tokens = _changed(self.tokens, key.tokens_per_minute, "tokens", now)
 
     @contextmanager
     def hold(self, now: float) -> Iterator[None]:
@@ -82,17 +87,25 @@ class Holder:
         most = self.key.concurrent_requests
         if most is not None and self.active >= most:
             raise rate_limited(f"This key may have {most} requests at a time, and has them.", 1)
-        if self.bucket is not None and not self.bucket.take(now):
-            wait = self.bucket.wait_s()
-            raise rate_limited(
-                f"Rate limit reached: {self.bucket.per_minute} requests per minute. Please try again in {_duration(wait)}.",
-                math.ceil(wait),
-            )
+        for bucket in (self.tokens, self.requests):
+            if bucket is not None:
+                bucket.check(now)
+        if self.requests is not None:
+            self.requests.spend(1, now)
         self.active += 1
         try:
             yield
         finally:
             self.active -= 1
+
+
+def _changed(bucket: Bucket | None, per_minute: int | None, unit: Literal["requests", "tokens"], now: float) -> Bucket | None:
+    if per_minute is None:
+        return None
+    if bucket is None:
+        return Bucket(per_minute, now, unit)
+    bucket.resize(per_minute)
+    return bucket
 
 
 class KeyRing:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, Protocol, TypeVar
 
+from starlette.types import Scope
+
 from deployments.protocol.body import ClientGone
-from deployments.protocol.errors import idle_too_long, overloaded, timed_out
+from deployments.protocol.errors import bad_request, idle_too_long, overloaded, timed_out
 from deployments.protocol.limits import Limits
 
 T = TypeVar("T")
@@ -24,14 +27,34 @@ class Progress(Protocol):
         ...
 
 
+def timeout_of(scope: Scope) -> float | None:
+    """Seconds that the client gives its request, by the header x-request-timeout. Raises ApiError 400."""
+    given = next((value for name, value in scope["headers"] if name == b"x-request-timeout"), None)
+    if given is None:
+        return None
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        got = given[:40].decode("latin-1")
+        raise bad_request(f"Invalid header 'x-request-timeout': expected seconds above 0, but got '{got}' instead.",
+                          param="x-request-timeout")  # fmt: skip
+    return seconds
+
+
 async def supervise(
-    work: Coroutine[Any, Any, T], receive: Callable[[], Awaitable[Any]], progress: Progress, limits: Limits
+    work: Coroutine[Any, Any, T],
+    receive: Callable[[], Awaitable[Any]],
+    progress: Progress,
+    limits: Limits,
+    own_timeout_s: float | None = None,
 ) -> T:
     """The work's result. The work is cancelled, and has ended, when this raises:
 
     ClientGone when the client closed the connection or read nothing for reader_timeout_s; ApiError 503 when no token
-    came within queue_timeout_s; 408 or 504 when request_timeout_s or idle_timeout_s passed. `receive` is the ASGI
-    callable with the request's body already read.
+    came within queue_timeout_s; 408 or 504 when request_timeout_s, the request's own timeout, or idle_timeout_s passed.
+    `receive` is the ASGI callable with the request's body already read.
     """
     begun = time.perf_counter()
     task = asyncio.ensure_future(work)
@@ -43,7 +66,7 @@ async def supervise(
     try:
         while True:
             now = time.perf_counter()
-            due, error = min(_deadlines(begun, progress, limits), key=lambda pair: pair[0], default=(None, None))
+            due, error = min(_deadlines(begun, progress, limits, own_timeout_s), key=lambda pair: pair[0], default=(None, None))
             if due is not None and error is not None and due <= now:
                 raise error()
             waits = [] if due is None else [due - now]
@@ -63,13 +86,16 @@ async def supervise(
 
 
 def _deadlines(
-    begun: float, progress: Progress, limits: Limits
+    begun: float, progress: Progress, limits: Limits, own_timeout_s: float | None
 ) -> Iterator[tuple[float, Callable[[], Exception]]]:
     """Those that run now: when each is due, and what it raises."""
     token, blocked = progress.last_token_at(), progress.blocked_since()
     if limits.request_timeout_s is not None:
         total = limits.request_timeout_s
-        yield begun + total, lambda: timed_out(total, started=token is not None)
+        yield begun + total, lambda: timed_out(f"this server's deadline of {total:g} s (request_timeout_s)", token is not None)
+    if own_timeout_s is not None:
+        words = f"its own deadline of {own_timeout_s:g} s (the header x-request-timeout)"
+        yield begun + own_timeout_s, lambda: timed_out(words, token is not None)
     if blocked is not None:
         if limits.reader_timeout_s is not None:
             yield blocked + limits.reader_timeout_s, lambda: ClientGone("reader_stalled")

@@ -27,6 +27,9 @@ class ApiKey(BaseModel):
     sha256: str | None = Field(default=None, description="Its SHA-256 in hexadecimal.")
     env: str | None = Field(default=None, description="Name of the environment variable that holds it.")
     requests_per_minute: int | None = Field(default=None, ge=1, description="POST requests in a minute; beyond: 429.")
+    tokens_per_minute: int | None = Field(
+        default=None, ge=1, description="Tokens of prompts and answers in a minute; once they are used: 429."
+    )
     concurrent_requests: int | None = Field(default=None, ge=1, description="POST requests at a time; beyond: 429.")
 
     @model_validator(mode="after")
@@ -57,9 +60,9 @@ class Access(BaseModel):
 
     keys: list[ApiKey] = Field(
         default_factory=list,
-        description="API keys: name, one of sha256, env (a variable's name) and key, and optional requests_per_minute and "
-        "concurrent_requests (counted by each HTTP replica). Any key closes everything but /, /health, /ready, /version, "
-        "/docs, /openapi.json.",
+        description="API keys: name, one of sha256, env (a variable's name) and key, and optional requests_per_minute, "
+        "tokens_per_minute and concurrent_requests (counted by each HTTP replica). Any key closes everything but /, /health, "
+        "/ready, /version, /docs, /openapi.json.",
     )
     keys_file: str | None = Field(
         default=None, min_length=1, description="YAML file with more of such keys; read again when it changes."

@@ -97,11 +97,11 @@ def replica_lost(started: bool) -> ApiError:
     return ApiError(503, message, type="service_unavailable", code="replica_lost", headers=headers)
 
 
-def timed_out(limit_s: float, *, started: bool) -> ApiError:
-    """The request's total deadline. 408 before the first token, 504 after it; the client must not repeat either."""
+def timed_out(deadline: str, started: bool) -> ApiError:
+    """The request's total deadline, in words. 408 before the first token, 504 after it; the client must not repeat either."""
     return ApiError(
         504 if started else 408,
-        f"The request passed this server's deadline of {limit_s:g} s (request_timeout_s). Ask for fewer tokens.",
+        f"The request passed {deadline}. Ask for fewer tokens.",
         type="timeout",
         code="deadline_exceeded" if started else "request_timeout",
         headers={"x-should-retry": "false"},

@@ -70,7 +70,7 @@ FIELDS: tuple[Field, ...] = (
     *_served("request_id", note="vLLM's: ends the answer's id; logs and spans have the header x-request-id"),
     *_served("return_token_ids", note="vLLM's: adds `prompt_token_ids` and `token_ids`"),
     *_served("cache_salt", ALL, "vLLM's: cached prefixes are shared only with requests of the same salt"),
-    *_served("truncate_prompt_tokens", ALL, "vLLM's: only the last so many tokens of each prompt are used"),
+    *_served("truncate_prompt_tokens", ALL, "vLLM's: only the last so many tokens of each prompt are used; -1: what fits"),
     *_served("timings", note="this server's own: adds the object `timings` to the answer, or to a stream's last chunk"),
     *_served("add_special_tokens", TEXT, "vLLM's: whether the tokenizer's begin-of-sequence token is put in front"),
     *_served("add_generation_prompt", CHAT, "vLLM's"),

@@ -21,6 +21,7 @@ from deployments.protocol.values import (
     STOP_SCHEMA,
     Float,
     Int,
+    LastTokens,
     TokenId,
     as_bias,
     as_prompts,
@@ -56,7 +57,7 @@ class SamplingRequest(BaseModel):
     ignore_eos: StrictBool = False
     include_stop_str_in_output: StrictBool = False
     skip_special_tokens: StrictBool = True
-    truncate_prompt_tokens: Annotated[Int, Field(ge=1)] | None = None
+    truncate_prompt_tokens: LastTokens | None = None
     priority: Annotated[Int, Field(ge=-1000, le=1000)] = 0
     cache_salt: Annotated[StrictStr, Field(max_length=128, pattern=r"^[^@/\\\x00]+$")] | None = None
 

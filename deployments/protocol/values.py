@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from deployments.protocol.validation import expected
@@ -68,9 +68,18 @@ def as_bias(value: Any) -> Any:
     return bias
 
 
+def _not_zero(value: int) -> int:
+    if value == 0:
+        raise PydanticCustomError("zero", "Expected -1 or a value >= 1, but got 0")
+    return value
+
+
 Int = Annotated[int, BeforeValidator(_whole), Field(strict=True)]
 Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 TokenId = Annotated[Int, Field(ge=0)]
+LastTokens = Annotated[
+    Int, Field(ge=-1), AfterValidator(_not_zero), WithJsonSchema({"type": "integer", "minimum": -1, "not": {"const": 0}})
+]
 
 # what the validators above take, for the OpenAPI document
 STOP_SCHEMA = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "items": {"type": "string", "minLength": 1}}]}

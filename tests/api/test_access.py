@@ -13,6 +13,7 @@ import yaml
 from deployments.api.app import create_app
 from deployments.api.keys import RELOAD_S, Bucket, KeyRing
 from deployments.protocol.access import Access, ApiKey, read_keys
+from deployments.protocol.errors import ApiError
 from deployments.settings import AppArgs, parse_args
 from model_core.errors import ConfigError, MiniLLMError
 
@@ -117,6 +118,29 @@ def test_requests_per_minute(fresh_server):
     assert 'vllm:admission_rejections_total{model_name="acme/tiny",reason="rate_limit_exceeded"} 1.0' in metrics
 
 
+def test_tokens_per_minute(fresh_server):
+    """Prompt and answer are charged when they are known; an overdrawn allowance is paid back before the next request."""
+    server = fresh_server(access=keys(tokens_per_minute=100, requests_per_minute=50))
+    names = [f"x-ratelimit-{what}-tokens" for what in ("limit", "remaining", "reset")]
+    status, headers, body = server.raw("POST", CHAT, BODY, bearer("sk-alice"))
+    used = json.loads(body)["usage"]["total_tokens"]
+    assert status == 200 and 20 < used < 50 and headers["x-ratelimit-remaining-requests"] == "49"
+    assert headers[names[0]] == "100" and abs(int(headers[names[1]]) - (100 - used)) <= 1 and headers[names[2]].endswith("s")
+    status, headers, _ = server.raw("POST", CHAT, {**BODY, "stream": True}, bearer("sk-alice"))
+    assert status == 200 and abs(int(headers[names[1]]) - (100 - 2 * used + 3)) <= 2  # its answer is charged when it has come
+    asked = 2
+    while (answer := server.raw("POST", CHAT, {**BODY, "n": 3}, bearer("sk-alice")))[0] == 200:
+        asked += 1
+        assert asked < 6
+    status, headers, body = answer
+    error = error_of(body)
+    assert (status, error["type"], error["code"]) == (429, "rate_limit_error", "rate_limit_exceeded")
+    assert "100 tokens per minute" in error["message"] and headers[names[1]] == "0" and 1 <= int(headers["retry-after"]) <= 60
+    assert headers["x-ratelimit-remaining-requests"] == str(50 - asked)  # who is refused for tokens keeps the request
+    assert server.raw("POST", CHAT, {**BODY, "n": 0}, bearer("sk-bob"))[0] == 400
+    assert server.raw("POST", CHAT, BODY, bearer("sk-bob"))[0] == 200
+
+
 def test_concurrent_requests(fresh_server):
     server = fresh_server(access=keys(concurrent_requests=1))
     server.fake.first_delay = 0.3
@@ -150,14 +174,24 @@ def test_the_access_log_names_the_key_and_never_shows_it(guarded, caplog):
 
 
 def test_a_bucket_refills_at_its_rate_and_never_overflows():
+    def take(now):
+        try:
+            bucket.check(now)
+        except ApiError:
+            return False
+        bucket.spend(1, now)
+        return True
+
     bucket = Bucket(per_minute=60, now=0.0)
-    assert sum(bucket.take(0.0) for _ in range(100)) == 60
-    assert bucket.wait_s() == pytest.approx(1.0) and not bucket.take(0.5) and bucket.wait_s() == pytest.approx(0.5)
-    assert bucket.take(1.0) and not bucket.take(1.0)
-    assert sum(bucket.take(10_000.0) for _ in range(100)) == 60
+    assert sum(take(0.0) for _ in range(100)) == 60
+    assert bucket.wait_s() == pytest.approx(1.0) and not take(0.5) and bucket.wait_s() == pytest.approx(0.5)
+    assert take(1.0) and not take(1.0)
+    assert sum(take(10_000.0) for _ in range(100)) == 60
+    bucket.spend(30, 10_000.0)  # overdrawn, so what comes back pays for that first
+    assert bucket.wait_s() == pytest.approx(31.0) and not take(10_030.9) and take(10_031.1)
     # whatever the pattern, a minute lets through at most the burst and what came back in it
     bucket = Bucket(per_minute=7, now=0.0)
-    assert sum(bucket.take(i * 0.1) for i in range(600)) <= 14
+    assert sum(take(i * 0.1) for i in range(600)) <= 14
 
 
 def test_a_file_of_keys_is_read_again_when_it_changes(tmp_path, caplog):
@@ -172,13 +206,12 @@ def test_a_file_of_keys_is_read_again_when_it_changes(tmp_path, caplog):
     write([{"name": "a", "key": "k1", "requests_per_minute": 2}], 1)
     holder = ring.find(b"k1")
     assert holder.key.name == "a" and ring.find(b"k0").key.name == "ops" and ring.find(b"k2") is None
-    holder.bucket.take(now)
-    holder.bucket.take(now)
+    holder.requests.spend(2, now)
     write([{"name": "a", "key": "k1", "requests_per_minute": 5}, {"name": "b", "key": "k2"}], 2)
     assert ring.find(b"k2") is None  # looked at once a second
     now += RELOAD_S
     assert ring.find(b"k2").key.name == "b"
-    assert ring.find(b"k1") is holder and not holder.bucket.take(now)  # the new limit, but what was used stays used
+    assert ring.find(b"k1") is holder and holder.requests.wait_s() > 10  # the new limit, but what was used stays used
     write("- {name: c", 3)
     now += RELOAD_S
     assert ring.find(b"k2").key.name == "b" and "stay as they were" in caplog.text

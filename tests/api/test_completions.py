@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from deployments.transport.base import NotReady
 
 
@@ -121,8 +123,21 @@ def test_only_the_last_tokens_of_a_prompt_are_used(server):
     server.client().chat.completions.create(
         model="acme/tiny", messages=[{"role": "user", "content": long}], max_tokens=1, extra_body={"truncate_prompt_tokens": 9})
     assert len(server.fake.requests[-1].prompt_ids) == 9
-    status, _, body = server.raw("POST", "/v1/completions", {"prompt": "a", "truncate_prompt_tokens": 0})
-    assert status == 400 and json.loads(body)["error"]["param"] == "truncate_prompt_tokens"
+    for bad in (0, -2, 1.5):
+        status, _, body = server.raw("POST", "/v1/completions", {"prompt": "a", "truncate_prompt_tokens": bad})
+        assert status == 400 and json.loads(body)["error"]["param"] == "truncate_prompt_tokens"
+
+
+@pytest.mark.parametrize(("fields", "kept"), [
+    ({"max_tokens": 56}, 200), ({}, 240), ({"max_tokens": 256}, 1),
+])  # fmt: skip
+def test_a_prompt_may_be_cut_to_what_fits(server, fields, kept):
+    """The context, 256 tokens, less what the answer may have."""
+    status, answer = complete(server, prompt="z" * 1000, truncate_prompt_tokens=-1, **fields)
+    assert status == 200 and answer["usage"]["prompt_tokens"] == kept == len(server.fake.requests[0].prompt_ids)
+    assert complete(server, prompt="ab", truncate_prompt_tokens=-1, echo=True)[1]["choices"][0]["text"].startswith("ab")
+    answer = server.chat(messages=[{"role": "user", "content": "z" * 1000}], truncate_prompt_tokens=-1)[2]
+    assert answer["usage"]["prompt_tokens"] == 255  # room for one token, if nothing else was said
 
 
 def test_token_ids_come_with_the_answer(server):

@@ -361,6 +361,30 @@ def test_sequences_are_counted_by_how_they_ended(server):
     assert grown == {"length": 1, "stop": 2, "error": 2, "abort": 3}
 
 
+def test_a_client_may_ask_for_a_shorter_deadline(server):
+    server.fake.script, server.fake.delay = endless, 0.01
+    body = {"messages": MESSAGES, "stream": True}
+
+    def ask(timeout, **fields):
+        headers = {"content-type": "application/json", "x-request-timeout": timeout}
+        return server.raw("POST", "/v1/chat/completions", {**body, **fields}, headers)
+
+    begun = time.monotonic()
+    *chunks, error, done = server.events(ask("0.1")[2])
+    assert len(chunks) > 2 and error["error"]["code"] == "deadline_exceeded" and done == "[DONE]"
+    assert "its own deadline of 0.1 s" in error["error"]["message"] and time.monotonic() - begun < 5
+    status, _, raw = ask("0.1", stream=False)
+    assert (status, json.loads(raw)["error"]["type"]) == (504, "timeout")
+    server.limits.request_timeout_s = 0.1
+    assert "this server's deadline of 0.1 s" in json.loads(ask("1e9", stream=False)[2])["error"]["message"]
+    for bad in ("0", "-1", "nan", "inf", "soon", ""):
+        status, _, raw = ask(bad)
+        assert status == 400 and json.loads(raw)["error"]["param"] == "x-request-timeout"
+    server.fake.first_delay = 30
+    status, headers, raw = ask("0.05")
+    assert (status, json.loads(raw)["error"]["code"], headers["x-should-retry"]) == (408, "request_timeout", "false")
+
+
 def test_the_access_log_has_one_line_and_no_text(server, caplog):
     with caplog.at_level(logging.INFO, "mini_llm.access"):
         server.chat(messages=[{"role": "user", "content": "my secret"}], n=2)
