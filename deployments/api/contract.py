@@ -1,12 +1,15 @@
-"""What this API takes, said by the models that parse it: /v1/capabilities, /openapi.json and a page for people."""
+"""What this API takes and answers, said by the models that parse and describe it: /v1/capabilities, /openapi.json and a page
+for people."""
 
 from __future__ import annotations
 
 import html
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
+from deployments.protocol.answers import completions, messages, responses, server
 from deployments.protocol.anthropic_request import AnthropicRequest
 from deployments.protocol.fields import BY_NAME, Endpoint
 from deployments.protocol.requests import ChatRequest, CompletionRequest
@@ -14,84 +17,138 @@ from deployments.protocol.response_request import ResponseRequest
 from deployments.protocol.tokens import DetokenizeRequest, TokenizeRequest
 
 _WORDS = {"served": "supported", "ignored": "ignored", "refused": "refused"}
-_POSTS: dict[str, tuple[type[BaseModel], str]] = {
-    "/v1/chat/completions": (ChatRequest, "Answer a conversation; streamed as server-sent events if `stream` is true."),
-    "/v1/completions": (CompletionRequest, "Continue texts or token ids; streamed as server-sent events if `stream` is true."),
-    "/v1/responses": (ResponseRequest, "Answer a conversation, in the form of OpenAI's Responses API; nothing is stored."),
-    "/v1/messages": (AnthropicRequest, "Answer a conversation, in the form of Anthropic's Messages API; "
-                                       "/v1/messages/count_tokens takes the same and counts the prompt."),
-    "/tokenize": (TokenizeRequest, "The token ids of a text or a conversation."),
-    "/detokenize": (DetokenizeRequest, "The text of token ids."),
+_PREFIX = "#/components/schemas/"
+
+
+class Post(NamedTuple):
+    """A route that takes a body. answer, event: the type of a whole answer, and of the events of a streamed one."""
+
+    body: type[BaseModel]
+    table: Endpoint
+    summary: str
+    answer: Any
+    event: Any = None
+
+
+class Get(NamedTuple):
+    """A route that only tells. answer: the type of a JSON object, or another media type."""
+
+    summary: str
+    answer: Any
+
+
+_POSTS: dict[str, Post] = {
+    "/v1/chat/completions": Post(
+        ChatRequest, "chat", "Answer a conversation; streamed as server-sent events if `stream` is true.",
+        completions.ChatCompletion, completions.ChatEvent),
+    "/v1/completions": Post(
+        CompletionRequest, "completions", "Continue texts or token ids; streamed as server-sent events if `stream` is true.",
+        completions.Completion, completions.CompletionEvent),
+    "/v1/responses": Post(
+        ResponseRequest, "responses", "Answer a conversation, in the form of OpenAI's Responses API; nothing is stored.",
+        responses.ResponseObject, responses.AnyResponseEvent),
+    "/v1/messages": Post(
+        AnthropicRequest, "messages", "Answer a conversation, in the form of Anthropic's Messages API; "
+                                      "/v1/messages/count_tokens takes the same and counts the prompt.",
+        messages.AnthropicMessageAnswer, messages.AnyMessageEvent),
+    "/tokenize": Post(TokenizeRequest, "tokenize", "The token ids of a text or a conversation.", server.Tokens),
+    "/detokenize": Post(DetokenizeRequest, "detokenize", "The text of token ids.", server.Text),
 }  # fmt: skip
-_TABLES: dict[str, Endpoint] = {"/v1/chat/completions": "chat", "/v1/completions": "completions",
-                                "/v1/responses": "responses", "/v1/messages": "messages",
-                                "/tokenize": "tokenize", "/detokenize": "detokenize"}  # fmt: skip
+_COUNT = "/v1/messages/count_tokens"
 _GETS = {
-    "/v1/models": "The served model.", "/v1/capabilities": "Every request field, and what this server does with it.",
-    "/tokenizer_info": "Begin and end tokens and the chat template.", "/health": "The process is alive.",
-    "/ready": "Requests would be answered; 503 while weights load and while draining.",
-    "/metrics": "Prometheus text.", "/version": "Version of the server.", "/openapi.json": "This API, for tools.",
-    "/load": "Sequences in work or waiting.",
-    "/docs": "This API, for people.", "/debug/dispatch": "Which kernel computes what, and why.",
+    "/": Get("What is served.", server.Index),
+    "/v1/models": Get("The served model.", server.ModelList),
+    "/v1/models/{id}": Get("The same, by its name.", server.ModelCard),
+    "/v1/capabilities": Get("Every request field, and what this server does with it.", server.Capabilities),
+    "/tokenizer_info": Get("Begin and end tokens and the chat template.", server.TokenizerInfo),
+    "/health": Get("The process is alive.", server.State),
+    "/ready": Get("Requests would be answered; 503 while weights load and while draining.", server.State),
+    "/metrics": Get("Prometheus text.", "text/plain"),
+    "/version": Get("Version of the server.", server.Version),
+    "/openapi.json": Get("This API, for tools.", dict[str, Any]),
+    "/load": Get("Sequences in work or waiting.", server.Load),
+    "/docs": Get("This API, for people.", "text/html"),
+    "/debug/dispatch": Get("Which kernel computes what, and why.", server.DispatchTable),
+}
+_TIMEOUT = {
+    "name": "x-request-timeout", "in": "header", "schema": {"type": "number", "exclusiveMinimum": 0},
+    "description": "Seconds this request may take, at most those of the server's setting.",
 }  # fmt: skip
-_PARAMETERS = [
-    {"name": "x-request-timeout", "in": "header", "schema": {"type": "number", "exclusiveMinimum": 0},
-     "description": "Seconds this request may take, at most those of the server's setting."},
-]  # fmt: skip
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {"error": {
-        "type": "object",
-        "required": ["message", "type", "param", "code"],
-        "properties": {"message": {"type": "string"}, "type": {"type": "string"},
-                       "param": {"type": ["string", "null"]}, "code": {"type": ["string", "null"]}},
-    }},
-}  # fmt: skip
-_ANTHROPIC_ERROR = {
-    "type": "object",
-    "required": ["type", "error", "request_id"],
-    "properties": {"type": {"const": "error"}, "request_id": {"type": "string"}, "error": {
-        "type": "object", "required": ["type", "message"],
-        "properties": {"type": {"type": "string"}, "message": {"type": "string"}}}},
-}  # fmt: skip
+_MODEL_ID = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
 
 
 def capabilities() -> dict[str, Any]:
     """Each field of each endpoint as supported, refused or ignored."""
     found: dict[str, list[dict[str, str]]] = {}
-    for path, endpoint in _TABLES.items():  # a test keeps table and models in step
-        fields = BY_NAME[endpoint].values()
+    for path, post in _POSTS.items():  # a test keeps table and models in step
+        fields = BY_NAME[post.table].values()
         found[path] = [{"name": one.name, "status": _WORDS[one.status], "note": one.note} for one in fields]
     return {"object": "capabilities", "endpoints": found}
 
 
+@cache
 def openapi(version: str) -> dict[str, Any]:
-    """An OpenAPI 3.1 document. Bodies have the schemas that validate them; fields of other servers may be sent, too."""
-    schemas: dict[str, Any] = {"Error": _ERROR, "AnthropicError": _ANTHROPIC_ERROR}
-    failure = _failure("Error", "OpenAI's")
+    """An OpenAPI 3.1 document. Bodies have the schemas that validate them; fields of other servers may be sent, too. Answers
+    have those of protocol/answers, which tests hold real ones against."""
+    schemas = _bodies()
+    answers, named = _answers()
+    assert not schemas.keys() & named.keys(), f"schemas of the same name: {schemas.keys() & named.keys()}"
     paths: dict[str, Any] = {}
-    for path, (model, summary) in _POSTS.items():
-        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas |= schema.pop("$defs", {})
-        schemas[model.__name__] = schema
-        content = _json({"type": "object"})
-        if "stream" in model.model_fields:
-            content["text/event-stream"] = {"schema": {"type": "string"}}
-        body = {"required": True, "content": _json({"$ref": f"#/components/schemas/{model.__name__}"})}
-        parameters = _PARAMETERS if "stream" in model.model_fields else []
-        paths[path] = {"post": {"summary": summary, "parameters": parameters, "requestBody": body, "responses": {
-            "200": {"description": "The answer", "content": content},
-            "default": _failure("AnthropicError", "Anthropic's") if path == "/v1/messages" else failure}}}  # fmt: skip
-    for schema in schemas.values():
-        _as_parsed(schema)
-    for path, summary in _GETS.items():
-        paths[path] = {"get": {"summary": summary, "responses": {"200": {"description": "The answer"}, "default": failure}}}
+    for path, post in _POSTS.items():
+        paths[path] = {"post": _operation(path, post, {"$ref": _PREFIX + post.body.__name__}, answers)}
+    counted = {**schemas["AnthropicRequest"], "required": ["model", "messages"]}  # not what only an answer needs
+    count = Post(AnthropicRequest, "messages", "The tokens of a prompt of /v1/messages.", messages.TokenCount)
+    paths[_COUNT] = {"post": _operation(_COUNT, count, counted, answers)}
+    for path, get in _GETS.items():
+        found = answers.get(path, {"type": "string"})
+        kind = "application/json" if path in answers else get.answer
+        said = {"200": {"description": "The answer", "content": {kind: {"schema": found}}}, "default": _failure(path, answers)}
+        if path == "/ready":
+            said["503"] = {"description": "Not ready", "content": _json(found)}
+        parameters = [_MODEL_ID] if "{id}" in path else []
+        paths[path] = {"get": {"summary": get.summary, "parameters": parameters, "responses": said}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "Mini-LLM-Infra", "version": version},
         "paths": paths,
-        "components": {"schemas": schemas},
+        "components": {"schemas": {**schemas, **named}},
+    }
+
+
+def _bodies() -> dict[str, Any]:
+    """Schemas of all request bodies, by name."""
+    schemas: dict[str, Any] = {}
+    for post in _POSTS.values():
+        schema = post.body.model_json_schema(ref_template=_PREFIX + "{model}")
+        schemas |= schema.pop("$defs", {})
+        schemas[post.body.__name__] = schema
+    for schema in schemas.values():
+        _as_parsed(schema)
+    return schemas
+
+
+def _answers() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Schemas of answers by path, of events by path and " events", of errors by "error"; and those that they refer to."""
+    kinds = {path: post.answer for path, post in _POSTS.items()}
+    kinds |= {f"{path} events": post.event for path, post in _POSTS.items() if post.event is not None}
+    kinds |= {path: get.answer for path, get in _GETS.items() if not isinstance(get.answer, str)}
+    kinds |= {_COUNT: messages.TokenCount, "error": completions.ErrorAnswer, "anthropic error": messages.AnthropicError}
+    inputs = [(name, "serialization", TypeAdapter(kind)) for name, kind in kinds.items()]
+    found, named = TypeAdapter.json_schemas(inputs, ref_template=_PREFIX + "{model}")  # type: ignore[arg-type]
+    return {name: schema for (name, _), schema in found.items()}, named["$defs"]
+
+
+def _operation(path: str, post: Post, body: dict[str, Any], answers: dict[str, Any]) -> dict[str, Any]:
+    content = _json(answers[path])
+    if (event := answers.get(f"{path} events")) is not None:
+        events = {"type": "array", "items": event}
+        schema = {"type": "string", "contentMediaType": "text/event-stream", "contentSchema": events}
+        content["text/event-stream"] = {"schema": schema}
+    return {
+        "summary": post.summary,
+        "parameters": [] if post.event is None else [_TIMEOUT],
+        "requestBody": {"required": True, "content": _json(body)},
+        "responses": {"200": {"description": "The answer", "content": content}, "default": _failure(path, answers)},
     }
 
 
@@ -100,12 +157,12 @@ def page(version: str) -> str:
     parts = [f"<!doctype html><meta charset=utf-8><title>Mini-LLM-Infra API</title><style>{_STYLE}</style>",
              f"<h1>Mini-LLM-Infra {html.escape(version)}</h1>"]  # fmt: skip
     fields = capabilities()["endpoints"]
-    for path, (_, summary) in _POSTS.items():
+    for path, post in _POSTS.items():
         rows = "".join(f"<tr class={one['status']}><td><code>{html.escape(one['name'])}</code><td>{one['status']}"
                        f"<td>{html.escape(one['note'])}" for one in fields[path])  # fmt: skip
-        parts.append(f"<h2><code>POST {path}</code></h2><p>{html.escape(summary)}<table>{rows}</table>")
-    for path, summary in _GETS.items():
-        parts.append(f"<h2><code>GET {path}</code></h2><p>{html.escape(summary)}")
+        parts.append(f"<h2><code>POST {path}</code></h2><p>{html.escape(post.summary)}<table>{rows}</table>")
+    for path, get in _GETS.items():
+        parts.append(f"<h2><code>GET {path}</code></h2><p>{html.escape(get.summary)}")
     return "".join(parts)
 
 
@@ -132,9 +189,9 @@ def _as_parsed(schema: dict[str, Any]) -> None:
 _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
 
-def _failure(schema: str, whose: str) -> dict[str, Any]:
-    reference = {"$ref": f"#/components/schemas/{schema}"}
-    return {"description": f"What is wrong, in {whose} envelope", "content": _json(reference)}
+def _failure(path: str, answers: dict[str, Any]) -> dict[str, Any]:
+    whose, name = ("Anthropic's", "anthropic error") if path.startswith("/v1/messages") else ("OpenAI's", "error")
+    return {"description": f"What is wrong, in {whose} envelope", "content": _json(answers[name])}
 
 
 def _json(schema: dict[str, Any]) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def test_a_field_that_capabilities_call_refused_is_refused(server):
 def test_the_document_is_about_the_routes_that_exist(server):
     document = json.loads(server.raw("GET", "/openapi.json")[2])
     assert document == json.loads(json.dumps(openapi(document["info"]["version"])))
-    routes = {route.path: route.methods for route in server.app.routes}
+    routes = {route.path.replace(":path", ""): route.methods for route in server.app.routes}
     for path, operations in document["paths"].items():
         assert {method.upper() for method in operations} <= routes[path]
     schemas = document["components"]["schemas"]

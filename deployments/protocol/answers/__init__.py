@@ -1,0 +1,1 @@
+"""The form of every answer: what /openapi.json says, and what tests hold real answers against."""
