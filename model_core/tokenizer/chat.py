@@ -16,6 +16,7 @@ from typing import Any
 
 from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
@@ -49,6 +50,15 @@ class ChatTemplate:
     @property
     def sources(self) -> list[str]:
         return list(self._templates.values())
+
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether the template that is rendered if there are tools looks at them."""
+        source = self._templates.get("tool_use", self._templates.get("default", ""))
+        try:
+            return "tools" in find_undeclared_variables(self._environment.parse(source))
+        except TemplateError:
+            return False
 
     @cached_property
     def _environment(self) -> ImmutableSandboxedEnvironment:

@@ -59,6 +59,16 @@ class Tokenizer:
         """Source of the default chat template, None if the checkpoint has none."""
         return self._chat.source if self._chat else None
 
+    @property
+    def chat_templates(self) -> list[str]:
+        """Sources of all chat templates."""
+        return self._chat.sources if self._chat else []
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether a chat template says what tools there are."""
+        return self._chat is not None and self._chat.takes_tools
+
     def encode(self, text: str, *, add_special_tokens: bool = True, allow_special: bool = False) -> list[int]:
         """Ids of `text`, with the model's own prefix (usually bos) if add_special_tokens.
 

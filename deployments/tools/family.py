@@ -1,0 +1,67 @@
+"""The forms in which model families write calls, and which of them a model was taught."""
+
+from __future__ import annotations
+
+import random
+import string
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from deployments.tools import hermes, llama3, mistral, pythonic
+from deployments.tools.base import BaseParser
+from model_core.tokenizer.tokenizer import Tokenizer
+
+ToolParser = Literal["auto", "hermes", "llama3", "mistral", "pythonic"]
+
+
+def _long_id() -> str:
+    return "call_" + uuid.uuid4().hex[:24]
+
+
+def _short_id() -> str:
+    """Mistral's templates take ids of nine letters and digits only."""
+    return "".join(random.choices(string.ascii_letters + string.digits, k=9))
+
+
+@dataclass(frozen=True)
+class Family:
+    """tags: texts around calls, control tokens in some tokenizers: they must reach the parser, and no client."""
+
+    name: str
+    tags: tuple[str, ...]
+    make: Callable[[frozenset[str], frozenset[str], Callable[[], str]], BaseParser]
+    new_id: Callable[[], str] = _long_id
+
+    def parser(self, names: frozenset[str], hidden: frozenset[str] = frozenset()) -> BaseParser:
+        """names: functions that may be called; hidden: those of `tags` that are control tokens."""
+        return self.make(names, hidden, self.new_id)
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("hermes", hermes.TAGS, hermes.HermesParser),
+        Family("llama3", llama3.TAGS, llama3.LlamaParser),
+        Family("mistral", mistral.TAGS, mistral.MistralParser, _short_id),
+        Family("pythonic", pythonic.TAGS, pythonic.PythonicParser),
+    )
+}
+_SIGNS = {  # what only a template of that family says
+    "mistral": ("[TOOL_CALLS]",),
+    "hermes": ("<tool_call>",),
+    "pythonic": ("func_name1(",),
+    "llama3": ("<|python_tag|>", '"parameters": dictionary'),
+}
+
+
+def choose(setting: ToolParser, tokenizer: Tokenizer) -> Family:
+    """auto: by what the model's chat templates say; Hermes' form, which can be taught in a prompt, if they say nothing."""
+    if setting != "auto":
+        return FAMILIES[setting]
+    text = "".join(tokenizer.chat_templates)
+    for name, signs in _SIGNS.items():
+        if any(sign in text for sign in signs):
+            return FAMILIES[name]
+    return FAMILIES["hermes"]

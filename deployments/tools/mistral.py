@@ -1,0 +1,73 @@
+"""Mistral's forms: [TOOL_CALLS][{"name": ..., "arguments": {...}}, ...], and since 2025 [TOOL_CALLS]name[ARGS]{...}."""
+
+from __future__ import annotations
+
+import re
+
+from deployments.tools.base import BaseParser, find_tag
+from deployments.tools.call_object import ArgumentsObject, CallObject
+
+OPEN = "[TOOL_CALLS]"
+TAGS = (OPEN, "[CALL_ID]", "[ARGS]")
+_BETWEEN = " \t\r\n,;[]}"
+_HEAD = re.compile(r"([A-Za-z0-9_.-]{1,256})\s*(?:\[CALL_ID\][A-Za-z0-9]*)?\s*(?:\[ARGS\])?\s*(?=\{)")
+_HEAD_SO_FAR = re.compile(r"[A-Za-z0-9_.-]+\s*(?:\[[A-Za-z0-9_\]\[]*)?\s*")
+_HEAD_LONGEST = 400
+
+
+class MistralParser(BaseParser):
+    """What follows broken arguments belongs to them, up to the next tag."""
+
+    def _step(self) -> bool:
+        if self._object is not None:
+            return self._read()
+        if self._state in ("tag", "list") and (read := self._read_list()) is not None:
+            return read
+        at, tag = find_tag(self._buffer, (OPEN,))
+        before, self._buffer = self._buffer[:at], self._buffer[at:]
+        if self._state == "broken":
+            self._argue(before)
+        elif before:
+            self._say(before)
+            self._state = "text"
+        if tag is None:
+            return False
+        if self._state == "broken":
+            self._skip_call()
+        self._buffer = self._buffer.removeprefix(OPEN)
+        self._pend(OPEN)
+        self._state = "tag"
+        return True
+
+    def _read_list(self) -> bool | None:
+        """What may follow the tag, or a call: an object, or what lies between two; None for anything else."""
+        char = self._buffer[0]
+        if char == "{":
+            self._object = CallObject()
+        elif char in _BETWEEN and not OPEN.startswith(self._buffer[: len(OPEN)]):
+            self._pending += char
+            self._buffer = self._buffer[1:]
+            if not char.isspace():
+                self._state = "list"
+        else:
+            return self._read_head() if self._state == "tag" else None
+        return True
+
+    def _read_head(self) -> bool | None:
+        """A name and what lies between it and its arguments; without [ARGS], a name of the request's."""
+        brace = self._buffer.find("{")
+        if brace < 0:
+            return False if len(self._buffer) < _HEAD_LONGEST and _HEAD_SO_FAR.fullmatch(self._buffer) else None
+        match = _HEAD.match(self._buffer)
+        if match is None or brace >= _HEAD_LONGEST or ("[ARGS]" not in match[0] and match[1] not in self._names):
+            return None
+        self._pending += self._buffer[:brace]
+        self._buffer = self._buffer[brace:]
+        self._object = ArgumentsObject(match[1])
+        return True
+
+    def _read(self) -> bool:
+        event = self._read_object()
+        if event == "ended":
+            self._state = "list"
+        return event != "more"
