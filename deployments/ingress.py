@@ -37,7 +37,8 @@ class Api:
         # Serve's proxies put x-request-id on every response themselves; twice, clients would read "a, a"
         args = self._args
         tracer = None if args.tracing is None else open_tracer(args.tracing)
-        return create_app(transport, self._tokenizer, args.limits, args.access, tracer=tracer, tag_responses=False)
+        return create_app(transport, self._tokenizer, args.limits, args.access, tracer=tracer, tag_responses=False,
+                          tool_parser=args.tool_parser)  # fmt: skip
 
 
 def open_transport(kind: str, model: DeploymentHandle) -> Transport:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from deployments.exporter import missing_exporter
 from deployments.protocol.access import Access
 from deployments.protocol.limits import Limits
+from deployments.tools.family import ToolParser
 from model_core.engine.config import EngineConfig
 from model_core.errors import ConfigError
 
@@ -139,6 +140,11 @@ class AppArgs(BaseModel):
         default="push",
         description="How tokens travel from model to HTTP replicas: `push`: a frame per engine step over a socket; "
         "`handle`: Ray Serve's streaming, ten times the CPU per token.",
+    )
+    tool_parser: ToolParser = Field(
+        default="auto",
+        description="The form in which the model writes calls of tools: `hermes` (Qwen, Hermes, SmolLM2), `llama3` (JSON), "
+        "`mistral`, `pythonic` (Llama 3.2, 4); `auto` reads it off the chat template, else `hermes`, described in the prompt.",
     )
     stall_timeout_s: float = Field(
         default=120.0, gt=0, description="Seconds without progress after which an engine counts as hung."

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import orjson
@@ -28,7 +29,8 @@ from deployments.protocol.events import (
     error_event,
     last_event,
 )
-from deployments.protocol.responses import Entry, Head, Usage, chat_choice, text_choice, whole
+from deployments.protocol.responses import Entry, Head, Usage, chat_choice, text_choice, text_of, whole
+from deployments.tools.pieces import Block, Piece, joined
 
 FAREWELL_S = 5.0
 
@@ -95,7 +97,7 @@ class Answer:
         job, metrics = self._job, self._service.metrics
         usage = self._count()
         record = job.record
-        record.finish = ",".join(choice.finish or self._unfinished for choice in job.choices)
+        record.finish = ",".join(choice.reason or self._unfinished for choice in job.choices)
         firsts = [choice.first_token_at for choice in job.choices if choice.first_token_at is not None]
         if firsts:
             record.ttft_ms = round((min(firsts) - record.begun) * 1e3, 2)
@@ -109,6 +111,9 @@ class Answer:
         slowest = 0.0
         for choice in job.choices:
             metrics.finished[choice.finish or self._unfinished] += 1
+            if choice.calls is not None:
+                metrics.tool_calls["complete"] += choice.calls.whole
+                metrics.tool_calls["broken"] += choice.calls.begun - choice.calls.whole
             metrics.prompt_tokens.observe(len(choice.request.prompt_ids))
             metrics.generation_tokens.observe(choice.tokens)
             metrics.max_tokens.observe(choice.request.params.max_tokens)
@@ -132,34 +137,35 @@ class Answer:
 class WholeAnswer(Answer):
     async def _produce(self, scope: Scope, send: Send) -> None:
         job = self._job
-        texts: list[list[str]] = [[] for _ in job.choices]
+        pieces: list[list[Piece]] = [[] for _ in job.choices]
         entries: list[list[Entry]] = [[] for _ in job.choices]
 
         for choice in job.choices if job.request.return_token_ids else ():
             choice.ids = []
 
         async def collect(choice: Choice, text: str) -> None:
-            texts[choice.index].append(text)
+            pieces[choice.index] += choice.take_pieces(text)
             if job.max_logprobs >= 0:
                 entries[choice.index].extend(choice.take_entries())
 
         await run_job(self._service, job, collect)
         self._count()
         self._blocked_since = time.perf_counter()
-        await Json(self._body(["".join(parts) for parts in texts], entries))(scope, _no_receive, send)
+        await Json(self._body([joined(parts) for parts in pieces], entries))(scope, _no_receive, send)
 
-    def _body(self, texts: list[str], entries: list[list[Entry]]) -> dict[str, Any]:
-        """The answer, given each choice's text and log-probability entries."""
+    def _body(self, outputs: list[list[Block]], entries: list[list[Entry]]) -> dict[str, Any]:
+        """The answer, given each choice's texts and calls, and log-probability entries."""
         job = self._job
-        shape = chat_choice if job.is_chat else text_choice
         choices = []
         for choice in job.choices:
-            text = texts[choice.index]
-            if job.echoes is not None:
-                text = job.echoes[choice.index // job.request.n] + text
+            blocks = outputs[choice.index]
             writer = job.logprobs(self._service, choice)
             logprobs = None if writer is None else writer.json(entries[choice.index], job.max_logprobs)
-            choices.append(shape(choice.index, text, logprobs, choice.finish, choice.stop_reason))
+            if job.is_chat:
+                choices.append(chat_choice(choice.index, blocks, logprobs, choice.reason, choice.stop_reason))
+            else:
+                text = ("" if job.echoes is None else job.echoes[choice.index // job.request.n]) + text_of(blocks)
+                choices.append(text_choice(choice.index, text, logprobs, choice.finish, choice.stop_reason))
             if choice.ids is not None:
                 choices[-1]["token_ids"] = choice.ids
                 if not job.is_chat:
@@ -198,11 +204,17 @@ class StreamedAnswer(Answer):
             writer = logprobs[i]
             if writer is not None and (entries := choice.take_entries()):
                 shown = writer.json(entries, job.max_logprobs)
+            usage = job.usage() if request.continuous_usage else None
+            if choice.calls is not None:
+                for piece in choice.take_pieces(text):
+                    write = line.text if isinstance(piece, str) else line.call
+                    sse.add(write(piece, shown, usage))  # type: ignore[arg-type]
+                    shown = None
+                text = ""
             if text or shown:
-                sse.add(line.text(text, shown, job.usage() if request.continuous_usage else None))
-            if choice.finish is not None:
-                usage = job.usage() if request.continuous_usage else None
-                sse.add(line.finish(choice.finish, choice.stop_reason, usage))
+                sse.add(line.text(text, shown, usage))
+            if choice.reason is not None:
+                sse.add(line.finish(choice.reason, choice.stop_reason, usage))
                 if all(other.finish is not None for other in job.choices):
                     return  # finish() sends it together with what comes last
             await sse.flush()
@@ -221,7 +233,7 @@ class StreamedAnswer(Answer):
     def _lines(self) -> Sequence[Line]:
         """Writers of events, one per choice."""
         job, request, head = self._job, self._job.request, self._head()
-        kind = ChatEvents if job.is_chat else TextEvents
+        kind = partial(ChatEvents, may_call=job.choices[0].calls is not None) if job.is_chat else TextEvents
         lines = []
         for choice in job.choices:
             if request.return_token_ids:

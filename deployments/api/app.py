@@ -32,6 +32,7 @@ from deployments.protocol.errors import ApiError, loading, model_not_found
 from deployments.protocol.limits import Limits
 from deployments.protocol.requests import parse_chat, parse_completion
 from deployments.protocol.responses import model_card
+from deployments.tools.family import ToolParser
 from deployments.transport.base import NotReady, Transport
 from model_core.tokenizer.tokenizer import Tokenizer
 
@@ -44,15 +45,17 @@ def create_app(
     *,
     tracer: Tracer | None = None,
     tag_responses: bool = True,
+    tool_parser: ToolParser = "auto",
 ) -> Starlette:
     """The API over one served model. The app starts and closes the transport with its lifespan.
 
     access: keys and CORS, as Access.settled() gives it; None lets everybody in.
     tracer: gets a span of every generation request; closed with the app.
     tag_responses: send the header x-request-id (Ray Serve's proxies send it themselves).
+    tool_parser: the form in which the model writes calls of tools.
     app.state.service is the Service; app.state.service.gate.drain() stops admission.
     """
-    service = Service(transport, tokenizer, limits, version=_version())
+    service = Service(transport, tokenizer, limits, version=_version(), tool_parser=tool_parser)
     endpoints, texts, dialects = Endpoints(service), TextRoutes(service), DialectRoutes(service)
     routes = [
         Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),

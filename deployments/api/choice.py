@@ -7,19 +7,26 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from deployments.api.calls import CallReader
 from deployments.api.metrics import Metrics
 from deployments.protocol.errors import internal_error
 from deployments.protocol.responses import Entry
+from deployments.tools.pieces import Piece
 from model_core.engine.request import Request, TokenEvent
 
 log = logging.getLogger("mini_llm.api")
 
 
 class TextStream(Protocol):
-    """The part of model_core.tokenizer's Detokenizer that is used here."""
+    """The part of model_core.tokenizer's Detokenizer that is used here.
 
-    stopped: str | None
-    tokens_sent: int
+    stopped: the stop string that ended the text, "" for something else in the text that did.
+    """
+
+    @property
+    def stopped(self) -> str | None: ...
+    @property
+    def tokens_sent(self) -> int: ...
 
     def push(self, ids: Sequence[int], /) -> str: ...
     def finish(self) -> str: ...
@@ -38,6 +45,7 @@ class Choice:
         "_include_stop",
         "_metrics",
         "cached_tokens",
+        "calls",
         "finish",
         "first_token_at",
         "ids",
@@ -61,6 +69,7 @@ class Choice:
         include_stop: bool,
         metrics: Metrics,
         started_at: float,  # of the HTTP request, time.perf_counter
+        calls: CallReader | None = None,  # the detokenizer, if tools may be called
     ) -> None:
         self.index = index
         self.request = request
@@ -69,6 +78,7 @@ class Choice:
         self.cached_tokens = 0
         self.finish: str | None = None
         self.stop_reason: str | int | None = None
+        self.calls = calls
         self._detokenizer = detokenizer
         self._eos_ids = eos_ids
         self._include_stop = include_stop
@@ -120,10 +130,19 @@ class Choice:
             text += self._detokenizer.finish()
         if self._detokenizer.stopped is not None:
             self.finish = "stop"
-            self.stop_reason = self._detokenizer.stopped
+            self.stop_reason = self._detokenizer.stopped or None
         elif event.finish is not None:
             self.finish = event.finish
         return text
+
+    @property
+    def reason(self) -> str | None:
+        """The finish reason that clients read: that of the sequence, but `tool_calls` for one that stopped with calls."""
+        return "tool_calls" if self.finish == "stop" and self.calls is not None and self.calls.begun else self.finish
+
+    def take_pieces(self, text: str) -> list[Piece]:
+        """What `feed` gave as text, with the calls around it."""
+        return [text] if self.calls is None else self.calls.take()
 
     def take_entries(self) -> list[Entry]:
         """Log-probability entries of the tokens whose text has been given out since the last call."""

@@ -13,11 +13,12 @@ from deployments.api.answer import Answer, Json, StreamedAnswer, WholeAnswer
 from deployments.api.incoming import read_body
 from deployments.api.job import Job, chat_job
 from deployments.api.service import Service
-from deployments.protocol import anthropic_events, response_events
+from deployments.protocol import anthropic_events, response_events, response_items
 from deployments.protocol.anthropic_request import parse_anthropic
 from deployments.protocol.errors import ApiError
 from deployments.protocol.response_request import ResponseRequest, parse_response
 from deployments.protocol.responses import Entry
+from deployments.tools.pieces import Block
 
 _RESPONSE_NAMES = {"messages": "input", "max_completion_tokens": "max_output_tokens"}
 _ANTHROPIC_NAMES = {"continue_final_message": "messages"}
@@ -60,11 +61,10 @@ class WholeResponse(WholeAnswer):
         super().__init__(service, job)
         self._asked = asked
 
-    def _body(self, texts: list[str], entries: list[list[Entry]]) -> dict[str, Any]:
-        job = self._job
-        status = response_events.status_of(job.choices[0].finish)
-        item = response_events.message("msg_" + job.head.id.removeprefix("resp_"), status, texts[0])
-        return response_events.response(job.head, self._asked, status, [item], job.usage())
+    def _body(self, outputs: list[list[Block]], entries: list[list[Entry]]) -> dict[str, Any]:
+        job, finish = self._job, self._job.choices[0].finish
+        output = response_items.items(job.head, outputs[0], finish)
+        return response_events.response(job.head, self._asked, response_items.status_of(finish), output, job.usage())
 
 
 class StreamedResponse(StreamedAnswer):
@@ -83,10 +83,10 @@ class StreamedResponse(StreamedAnswer):
 
 
 class WholeMessage(WholeAnswer):
-    def _body(self, texts: list[str], entries: list[list[Entry]]) -> dict[str, Any]:
+    def _body(self, outputs: list[list[Block]], entries: list[list[Entry]]) -> dict[str, Any]:
         job, choice = self._job, self._job.choices[0]
-        content = [anthropic_events.text_block(texts[0])]
-        return anthropic_events.message(job.head, content, job.usage(), choice.finish, choice.stop_reason)
+        content = [anthropic_events.block(one) for one in outputs[0] or [""]]
+        return anthropic_events.message(job.head, content, job.usage(), choice.reason, choice.stop_reason)
 
 
 class StreamedMessage(StreamedAnswer):

@@ -7,13 +7,16 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deployments.api.choice import Choice, LateStop
+from deployments.api.calls import CallReader
+from deployments.api.choice import Choice, LateStop, TextStream
+from deployments.api.conversation import encode_conversation
 from deployments.api.record import Record
 from deployments.api.service import Service
-from deployments.protocol.errors import ApiError, bad_request, context_too_long
-from deployments.protocol.messages import check_template_kwargs, for_template
+from deployments.protocol.errors import ApiError, bad_request, context_too_long, unsupported
+from deployments.protocol.messages import for_template
 from deployments.protocol.requests import ChatRequest, CompletionRequest, GenerationRequest
 from deployments.protocol.responses import ChatLogprobs, Head, TextLogprobs, Usage
+from deployments.protocol.tools import Toolbox, toolbox
 from deployments.protocol.values import INT64
 from model_core.engine.request import EngineInfo, Request, SamplingParams
 from model_core.errors import RequestError
@@ -55,18 +58,32 @@ class Job:
 async def chat_job(service: Service, request: ChatRequest, record: Record) -> Job:
     """Raises ApiError 400, 404, 503."""
     info = await service.check_model(request.model)
+    tools = _tools(request)
     try:
         if request.messages is None:
             assert request.prompt is not None
-            ids = await _encode_prompt_as_chat(service, info, request.prompt, request)
+            ids = await _encode_prompt_as_chat(service, info, request.prompt, request, tools)
         else:
             messages = for_template(request.messages)
-            ids = await _encode_messages(service, info, messages, request)
+            ids = await _encode_messages(service, info, messages, request, tools)
     except RequestError as error:
         raise refused(error) from None
     ids = _last(info, ids, request)
     _check_room(info, ids, "messages" if request.prompt is None else "prompt")
-    return _job(service, info, request, record, [ids], None)
+    return _job(service, info, request, record, [ids], None, tools)
+
+
+def _tools(request: ChatRequest) -> Toolbox | None:
+    """What the answer may call. Raises ApiError 400."""
+    tools = toolbox(request.tools, request.tool_choice, request.parallel_tool_calls)
+    if tools is not None and tools.must_call:
+        words = "A call that must be made comes with structured output: leave the choice to the model ('auto')."
+        raise unsupported("tool_choice", words)
+    for i, tool in enumerate(request.tools if tools is not None else ()):
+        if tool.function.strict:
+            words = "Arguments that must fit their schema come with structured output: leave 'strict' out."
+            raise unsupported(f"tools[{i}].function.strict", words)
+    return tools
 
 
 async def completion_job(service: Service, request: CompletionRequest, record: Record) -> Job:
@@ -101,6 +118,7 @@ def _job(
     record: Record,
     prompts: list[list[int]],
     echoes: list[str] | None,
+    tools: Toolbox | None = None,
 ) -> Job:
     check_ids(info, request.stop_token_ids, "stop_token_ids")
     check_ids(info, list(request.logit_bias), "logit_bias")
@@ -121,7 +139,7 @@ def _job(
             engine_request = Request(
                 f"{key}-{index}", ids, _seeded(params[p], k), request.priority, request.cache_salt or ""
             )
-            choices.append(_choice(service, info, request, engine_request, index, record.begun))
+            choices.append(_choice(service, info, request, engine_request, index, record.begun, tools))
     record.model = head.model
     record.stream = request.stream
     record.n = request.n
@@ -136,29 +154,41 @@ def _choice(
     engine_request: Request,
     index: int,
     started_at: float,
+    tools: Toolbox | None,
 ) -> Choice:
     # a chat answer starts a text (its first token's leading space is the format's, not the answer's), unless it goes on with
     # a message; a completion continues one
     starts = isinstance(request, ChatRequest) and not request.continue_final_message
     before = [] if starts else engine_request.prompt_ids[-64:]
 
-    def detokenizer(stop: list[str], prompt_ids: list[int]) -> Detokenizer:
+    def detokenizer(stop: list[str], prompt_ids: list[int], keep: frozenset[int] = frozenset()) -> Detokenizer:
         return Detokenizer(
             service.tokenizer,
             stop=stop,
+            keep=keep,
             include_stop=request.include_stop_str_in_output,
             skip_special_tokens=request.skip_special_tokens,
             prompt_ids=prompt_ids,
         )
 
-    if request.stop and request.min_tokens:
-        text: Any = LateStop(detokenizer, request.stop, before, request.min_tokens)
+    calls: CallReader | None = None
+    if tools is not None:
+        hidden = service.call_ids if request.skip_special_tokens else frozenset()
+        parser = service.calls.parser(tools.names, frozenset(map(service.tokenizer.token_text, hidden)))
+        calls = CallReader(
+            detokenizer([], before, service.call_ids), parser, stop=request.stop, parallel=tools.parallel,
+            include_stop=request.include_stop_str_in_output, min_tokens=request.min_tokens,
+        )  # fmt: skip
+        text: TextStream = calls
+    elif request.stop and request.min_tokens:
+        text = LateStop(detokenizer, request.stop, before, request.min_tokens)
     else:
         text = detokenizer(request.stop, before)
     return Choice(
         index,
         engine_request,
         text,
+        calls=calls,
         eos_ids=info.eos_ids,
         include_stop=request.include_stop_str_in_output,
         metrics=service.metrics,
@@ -211,29 +241,23 @@ def _seeded(params: SamplingParams, k: int) -> SamplingParams:
 
 
 async def _encode_messages(
-    service: Service, info: EngineInfo, messages: list[dict[str, Any]], request: ChatRequest
+    service: Service, info: EngineInfo, messages: list[dict[str, Any]], request: ChatRequest, tools: Toolbox | None
 ) -> list[int]:
-    kwargs = check_template_kwargs(request.chat_template_kwargs)
-    if request.reasoning_effort is not None:
-        kwargs = {"reasoning_effort": request.reasoning_effort, **kwargs}
-    chars = sum(len(message["content"]) for message in messages)
     least = sum(service.least_tokens(message["content"]) for message in messages)
     if least >= info.context_length and request.truncate_prompt_tokens is None:
         raise context_too_long(info.context_length, least, noun="messages", at_least=True)
-    return await service.text_work(
-        chars,
-        lambda: service.tokenizer.encode_chat(
-            messages, add_generation_prompt=request.generation_prompt,
-            continue_final_message=request.continue_final_message, **kwargs
-        ),
-    )
+    effort = request.reasoning_effort
+    extra = None if effort is None else {"reasoning_effort": effort}
+    return await encode_conversation(service, messages, tools.functions if tools else (), request, extra)
 
 
-async def _encode_prompt_as_chat(service: Service, info: EngineInfo, prompt: str, request: ChatRequest) -> list[int]:
+async def _encode_prompt_as_chat(
+    service: Service, info: EngineInfo, prompt: str, request: ChatRequest, tools: Toolbox | None
+) -> list[int]:
     """A bare prompt at the chat endpoint is one user message; a model without a chat template continues it as text."""
-    if service.tokenizer.chat_template is None:
+    if service.tokenizer.chat_template is None and tools is None:
         return await _encode_prompt(service, info, prompt, request, True)
-    return await _encode_messages(service, info, [{"role": "user", "content": prompt}], request)
+    return await _encode_messages(service, info, [{"role": "user", "content": prompt}], request, tools)
 
 
 async def _encode_prompt(

@@ -108,6 +108,7 @@ class Metrics:
         self.http: Counter[tuple[str, str, str]] = Counter()  # method, route, status
         self.http_time: dict[tuple[str, str], Histogram] = {}  # method, route
         self.gen_ai: dict[tuple[str, str], Histogram] = {}  # key of _GEN_AI, operation
+        self.tool_calls: Counter[str] = Counter()
         self.unknown_fields = 0
         self.cached_tokens = 0
 
@@ -144,6 +145,8 @@ class Metrics:
             yield histogram.family(label)
         yield _counter("vllm:request_success", "Sequences that ended.", "finished_reason", self.finished, label)
         yield _counter("vllm:admission_rejections", "Requests refused, by reason.", "reason", self.rejected, label)
+        yield _counter("mini_llm:tool_calls", "Calls of tools; broken: never closed, or arguments that are no JSON.", "state",
+                       self.tool_calls, label)  # fmt: skip
         cached = CounterMetricFamily("vllm:prompt_tokens_cached", "Prompt tokens from the cache.", labels=[*label])
         cached.add_metric([model], self.cached_tokens)
         yield cached

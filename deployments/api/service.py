@@ -16,6 +16,7 @@ from deployments.api.admission import Gate
 from deployments.api.metrics import Metrics
 from deployments.protocol.errors import ApiError, loading, model_not_found
 from deployments.protocol.limits import Limits
+from deployments.tools.family import ToolParser, choose
 from deployments.transport.base import NotReady, Transport
 from model_core.engine.request import EngineInfo, EngineStats
 from model_core.tokenizer.tokenizer import Tokenizer
@@ -29,9 +30,14 @@ T = TypeVar("T")
 class Service:
     """One per Api replica."""
 
-    def __init__(self, transport: Transport, tokenizer: Tokenizer, limits: Limits, *, version: str) -> None:
+    def __init__(
+        self, transport: Transport, tokenizer: Tokenizer, limits: Limits, *, version: str, tool_parser: ToolParser = "auto"
+    ) -> None:
         self.transport = transport
         self.tokenizer = tokenizer
+        self.calls = choose(tool_parser, tokenizer)
+        # tags of calls that are control tokens: they must be seen in the text, although the others are not
+        self.call_ids = frozenset(i for i in tokenizer.special_ids if tokenizer.token_text(i) in self.calls.tags)
         self.limits = limits
         self.version = version
         self.created = int(time.time())

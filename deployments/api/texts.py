@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from starlette.requests import Request
 from starlette.responses import Response
 
 from deployments.api.answer import Json
+from deployments.api.conversation import encode_conversation
 from deployments.api.incoming import read_body
 from deployments.api.job import check_ids, refused
 from deployments.api.service import Service
-from deployments.protocol.messages import check_template_kwargs, for_template
+from deployments.protocol.messages import for_template
 from deployments.protocol.tokens import TokenizeRequest, parse_detokenize, parse_tokenize
+from deployments.protocol.tools import toolbox
 from model_core.errors import RequestError
 
 
@@ -65,12 +65,5 @@ class TextRoutes:
             return await service.text_work(
                 len(text), lambda: service.tokenizer.encode(text, add_special_tokens=asked.add_special_tokens)
             )
-        messages: list[dict[str, Any]] = for_template(asked.messages)
-        kwargs = check_template_kwargs(asked.chat_template_kwargs)
-        return await service.text_work(
-            sum(len(message["content"]) for message in messages),
-            lambda: service.tokenizer.encode_chat(
-                messages, add_generation_prompt=asked.generation_prompt,
-                continue_final_message=asked.continue_final_message, **kwargs,
-            ),  # fmt: skip
-        )
+        tools = toolbox(asked.tools, None, True)
+        return await encode_conversation(service, for_template(asked.messages), tools.functions if tools else (), asked)

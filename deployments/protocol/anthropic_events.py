@@ -7,7 +7,9 @@ from typing import Any
 import orjson
 
 from deployments.protocol.errors import ApiError
+from deployments.protocol.events import CallPiece
 from deployments.protocol.responses import Head, Usage
+from deployments.tools.pieces import Block, CallBegun, CallEnded
 
 _ERROR_TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
@@ -35,33 +37,69 @@ def message(
     }
 
 
-def text_block(text: str) -> dict[str, Any]:
-    return {"type": "text", "text": text}
+def block(found: Block) -> dict[str, Any]:
+    """A text or a call as a content block. Arguments that are no JSON object are wrapped, as Anthropic advises its clients."""
+    if isinstance(found, str):
+        return {"type": "text", "text": found}
+    try:
+        given = orjson.loads(found.arguments)
+    except orjson.JSONDecodeError:
+        given = None
+    return _tool_use(found.id, found.name, given if isinstance(given, dict) else {"INVALID_JSON": found.arguments})
+
+
+def _tool_use(id: str, name: str, given: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "tool_use", "id": id, "name": name, "input": given}
 
 
 class AnthropicEvents:
-    """Event bytes of one streamed message; prompt_tokens: of its prompt."""
+    """Event bytes of one streamed message; prompt_tokens: of its prompt. A block ends when another thing comes."""
 
     def __init__(self, head: Head, prompt_tokens: int) -> None:
         self._head = head
         self._prompt_tokens = prompt_tokens
         self._reason: dict[str, Any] = {}
+        self._blocks = 0  # that have begun
+        self._open: str | None = None  # type of the block that has not ended
 
     def open(self) -> bytes:
         begun = message(self._head, [], Usage(self._prompt_tokens, 0, 0), None, None)
-        return (_event("message_start", {"message": begun})
-                + _event("content_block_start", {"index": 0, "content_block": text_block("")}))  # fmt: skip
+        return _event("message_start", {"message": begun})
 
     def text(self, text: str, logprobs: dict[str, Any] | None = None, usage: Usage | None = None) -> bytes:
-        return _event("content_block_delta", {"index": 0, "delta": {"type": "text_delta", "text": text}})
+        before = b"" if self._open == "text" else self._begin(block(""))
+        return before + self._delta({"type": "text_delta", "text": text})
+
+    def call(self, piece: CallPiece, logprobs: dict[str, Any] | None = None, usage: Usage | None = None) -> bytes:
+        if isinstance(piece, CallBegun):
+            return self._begin(_tool_use(piece.id, piece.name, {}))
+        if isinstance(piece, CallEnded):
+            return self._end()
+        return self._delta({"type": "input_json_delta", "partial_json": piece.text})
 
     def finish(self, reason: str, stop_reason: str | int | None, usage: Usage | None = None) -> bytes:
         self._reason = _stop(reason, stop_reason)
-        return _event("content_block_stop", {"index": 0})
+        before = b"" if self._blocks else self._begin(block(""))
+        return before + self._end()
 
     def closing(self, usage: Usage) -> bytes:
         """The last events of a message that ended well."""
         return _event("message_delta", {"delta": self._reason, "usage": _usage(usage)}) + _event("message_stop", {})
+
+    def _begin(self, content: dict[str, Any]) -> bytes:
+        before = self._end()
+        self._open = content["type"]
+        self._blocks += 1
+        return before + _event("content_block_start", {"index": self._blocks - 1, "content_block": content})
+
+    def _delta(self, delta: dict[str, Any]) -> bytes:
+        return _event("content_block_delta", {"index": self._blocks - 1, "delta": delta})
+
+    def _end(self) -> bytes:
+        if self._open is None:
+            return b""
+        self._open = None
+        return _event("content_block_stop", {"index": self._blocks - 1})
 
 
 def error_event(error: ApiError) -> bytes:
@@ -81,7 +119,7 @@ def _error(error: ApiError) -> dict[str, Any]:
 def _stop(finish: str | None, stop: str | int | None) -> dict[str, Any]:
     if finish == "stop" and isinstance(stop, str):
         return {"stop_reason": "stop_sequence", "stop_sequence": stop}
-    reason = {None: None, "length": "max_tokens"}.get(finish, "end_turn")
+    reason = {None: None, "length": "max_tokens", "tool_calls": "tool_use"}.get(finish, "end_turn")
     return {"stop_reason": reason, "stop_sequence": None}
 
 

@@ -1,24 +1,19 @@
-"""The body of POST /v1/messages (Anthropic's Messages API, text only) → a chat request."""
+"""The body of POST /v1/messages (Anthropic's Messages API: text and tools) → a chat request."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictStr, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr, WithJsonSchema
 
+from deployments.protocol.anthropic_blocks import BLOCKS_SCHEMA, chat_messages, text_of
 from deployments.protocol.errors import bad_request
 from deployments.protocol.limits import Limits
 from deployments.protocol.requests import ChatRequest, Message, SamplingRequest, parse_fields
-from deployments.protocol.validation import json_type
+from deployments.protocol.tools import MAX_TOOLS, Function, FunctionName, Tool, ToolChoice
 from deployments.protocol.values import Float, Int, as_stops
 
-_BLOCK_SCHEMA = {
-    "type": "object",
-    "required": ["type", "text"],
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-}
-_BLOCKS_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": _BLOCK_SCHEMA}]}
-Blocks = Annotated[Any, WithJsonSchema(_BLOCKS_SCHEMA)]
+Blocks = Annotated[Any, WithJsonSchema(BLOCKS_SCHEMA)]
 
 
 class AnthropicMessage(BaseModel):
@@ -26,6 +21,26 @@ class AnthropicMessage(BaseModel):
 
     role: Literal["user", "assistant"]
     content: Blocks
+
+
+class AnthropicTool(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    type: Literal["custom"] | None = "custom"
+    name: FunctionName
+    description: StrictStr | None = None
+    input_schema: dict[str, Any]
+    strict: StrictBool | None = None
+
+
+class AnthropicChoice(BaseModel):
+    """name: of the tool, with type `tool`."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: StrictStr | None = None
+    disable_parallel_tool_use: StrictBool = False
 
 
 class AnthropicRequest(SamplingRequest):
@@ -37,6 +52,8 @@ class AnthropicRequest(SamplingRequest):
     system: Blocks = None
     stop_sequences: Annotated[list[str], BeforeValidator(as_stops)] = []
     temperature: Annotated[Float, Field(ge=0, le=1)] = 1.0
+    tools: Annotated[list[AnthropicTool], Field(max_length=MAX_TOOLS)] = []
+    tool_choice: AnthropicChoice = AnthropicChoice(type="auto")
     chat_template_kwargs: dict[str, Any] = {}
 
 
@@ -50,40 +67,33 @@ def parse_anthropic(body: dict[str, Any], limits: Limits) -> tuple[ChatRequest, 
             param="stop_sequences",
             code="array_above_max_length",
         )
-    messages = [] if request.system is None else [Message(role="system", content=_text(request.system, "system"))]
-    messages += [
-        Message(role=message.role, content=_text(message.content, f"messages[{i}].content"))
-        for i, message in enumerate(request.messages)
-    ]
+    messages = [] if request.system is None else [Message(role="system", content=text_of(request.system, "system"))]
+    messages += chat_messages(request.messages)
     chat = ChatRequest.model_construct(
         **{name: getattr(request, name) for name in SamplingRequest.model_fields},
         messages=messages,
         max_tokens=request.max_tokens,
         stop=stops,
+        tools=[_tool(tool) for tool in request.tools],
+        tool_choice=_choice(request.tool_choice),
+        parallel_tool_calls=not request.tool_choice.disable_parallel_tool_use,
         continue_final_message=messages[-1].role == "assistant",
         chat_template_kwargs=request.chat_template_kwargs,
     )
     return chat, unknown
 
 
-def _text(content: Any, path: str) -> str:
-    """A string, or text blocks joined by newlines. Raises ApiError 400."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise bad_request(
-            f"Invalid type for '{path}': expected a string or an array of blocks, but got {json_type(content)} instead.",
-            param=path,
-            code="invalid_type",
-        )
-    texts = []
-    for i, block in enumerate(content):
-        text = block.get("text") if isinstance(block, dict) and block.get("type") == "text" else None
-        if not isinstance(text, str):
-            raise bad_request(
-                "Unsupported content block: this server's models take blocks of type 'text' only.",
-                param=f"{path}[{i}]",
-                code="unsupported_content_part",
-            )
-        texts.append(text)
-    return "\n".join(texts)
+def _tool(tool: AnthropicTool) -> Tool:
+    function = Function(name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict)
+    return Tool(type="function", function=function)
+
+
+def _choice(choice: AnthropicChoice) -> ToolChoice:
+    if choice.type == "none" or choice.type == "auto":
+        return ToolChoice(choice.type)
+    if choice.type == "any":
+        return ToolChoice("required")
+    if choice.name is None:
+        raise bad_request("Missing required parameter: 'tool_choice.name'.", param="tool_choice.name",
+                          code="missing_required_parameter")  # fmt: skip
+    return ToolChoice("required", (choice.name,), exactly_one=True)

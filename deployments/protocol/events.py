@@ -13,7 +13,9 @@ from typing import Any, Protocol
 import orjson
 
 from deployments.protocol.responses import Head, Usage
+from deployments.tools.pieces import CallBegun, CallEnded, CallText
 
+CallPiece = CallBegun | CallText | CallEnded
 DONE = b"data: [DONE]\n\n"
 HEARTBEAT = b": keep-alive\n\n"
 
@@ -26,6 +28,12 @@ class Line(Protocol):
         ...
 
     def text(self, text: str, logprobs: dict[str, Any] | None = None, usage: Usage | None = None) -> bytes: ...
+    def call(
+        self, piece: CallPiece, logprobs: dict[str, Any] | None = None, usage: Usage | None = None
+    ) -> bytes:
+        """A part of a call of a tool."""
+        ...
+
     def finish(self, reason: str, stop_reason: str | int | None, usage: Usage | None = None) -> bytes:
         """The choice's last events."""
         ...
@@ -65,14 +73,19 @@ class ChoiceEvents:
     _empty: bytes
 
     def text(self, text: str, logprobs: dict[str, Any] | None = None, usage: Usage | None = None) -> bytes:
-        """A chunk with more text."""
+        """A chunk with more text, or with other things alone."""
         if logprobs is None and usage is None and self._ids is None:
             return self._before + orjson.dumps(text) + self._after
+        return self._chunk(self._text_open + orjson.dumps(text) + self._text_close if text else self._empty, logprobs, usage)
+
+    def call(self, piece: CallPiece, logprobs: dict[str, Any] | None = None, usage: Usage | None = None) -> bytes:
+        raise NotImplementedError
+
+    def _chunk(self, content: bytes, logprobs: dict[str, Any] | None, usage: Usage | None) -> bytes:
         return b"".join(
             (
-                self._before,
-                orjson.dumps(text),
-                self._text_close,
+                self._prefix,
+                content,
                 b',"logprobs":',
                 orjson.dumps(logprobs),
                 b',"finish_reason":null',
@@ -104,13 +117,30 @@ class ChoiceEvents:
 
 
 class ChatEvents(ChoiceEvents):
+    """may_call: whether the content may stay null."""
+
     _text_open = b'"delta":{"content":'
     _text_close = b"}"
     _empty = b'"delta":{}'
 
+    def __init__(self, *args: Any, may_call: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._content = b"null" if may_call else b'""'
+
+    def call(self, piece: CallPiece, logprobs: dict[str, Any] | None = None, usage: Usage | None = None) -> bytes:
+        """A call's id and name, or more of its arguments. Its end is not said in this API."""
+        if isinstance(piece, CallEnded):
+            return b"" if logprobs is None else self._chunk(self._empty, logprobs, usage)
+        call: dict[str, Any] = {"index": piece.index}
+        if isinstance(piece, CallBegun):
+            call |= {"id": piece.id, "type": "function", "function": {"name": piece.name, "arguments": ""}}
+        else:
+            call["function"] = {"arguments": piece.text}
+        return self._chunk(b'"delta":' + orjson.dumps({"tool_calls": [call]}), logprobs, usage)
+
     def open(self) -> bytes:
         """The first chunk of a chat choice: its role, once."""
-        delta = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
+        delta = b'"delta":{"role":"assistant","content":' + self._content + b'},"logprobs":null,"finish_reason":null}]'
         if self._prompt_ids is not None:  # of the whole answer, as vLLM has it: all choices have one prompt
             delta += b',"prompt_token_ids":' + orjson.dumps(self._prompt_ids)
         return self._prefix + delta + self._null_end

@@ -44,7 +44,7 @@ def _ignored(names: str, endpoints: tuple[Endpoint, ...] = BOTH, note: str = "")
 
 
 _GRAMMARS = "Constrained output comes with the structured-output release; until then ask in the prompt."
-_TOOLS = "Tool calling comes with the structured-output release."
+_HOSTED = "This server runs no tools itself; describe functions in tools, and run them in the client."
 _LATER = "It comes with a later release of this server."
 _MEMORY = "Answers are not stored here: send the whole conversation as input."
 _NEVER = "This server serves text models only."
@@ -77,6 +77,10 @@ FIELDS: tuple[Field, ...] = (
     *_served("chat_template_kwargs", CHAT + DIALECTS, "vLLM's"),
     *_served("continue_final_message", CHAT, "vLLM's: the answer goes on with the last, an assistant's message"),
     *_served("reasoning_effort", CHAT, "given to the model's chat template, which may use it"),
+    *_served("tools", CHAT + RESPONSES + MESSAGES, "functions"),
+    *_served("tools", TOKENIZE, "functions, as in chat"),
+    *_served("tool_choice", CHAT + RESPONSES + MESSAGES, "auto, none, or (answers 400 so far) a call that must be made"),
+    *_served("parallel_tool_calls", CHAT + RESPONSES, "false ends the answer with its first call"),
     *_served("input", RESPONSES, "a string, or messages of text"),
     *_served("instructions max_output_tokens", RESPONSES),
     *_served("metadata", RESPONSES, "comes back in the answer"),
@@ -91,8 +95,7 @@ FIELDS: tuple[Field, ...] = (
     *_ignored("prompt_cache_key prompt_cache_retention", BOTH + RESPONSES, "hints; equal prefixes are always cached"),
     *_ignored("prediction", note="a hint"),
     *_ignored("cache_control", MESSAGES, "a hint; equal prefixes are always cached"),
-    *_ignored("verbosity parallel_tool_calls", CHAT, "no effect on models without these abilities"),
-    *_ignored("parallel_tool_calls", RESPONSES, "no effect without tools"),
+    *_ignored("verbosity", CHAT, "no effect on models without these abilities"),
     *_ignored("stream_options", RESPONSES, "padding against traffic analysis is not sent"),
     Field("response_format", "refused", BOTH, _GRAMMARS, ({"type": "text"},)),
     Field("structured_outputs", "refused", ALL, _GRAMMARS, ({},)),
@@ -100,10 +103,8 @@ FIELDS: tuple[Field, ...] = (
         Field(name, "refused", BOTH, "It was replaced by structured_outputs. " + _GRAMMARS)
         for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
     ),
-    Field("tools", "refused", CHAT + TOKENIZE, _TOOLS, ([],)),
-    Field("tool_choice", "refused", CHAT, _TOOLS, ("none", "auto")),
-    Field("functions", "refused", CHAT, "It is deprecated. " + _TOOLS, ([],)),
-    Field("function_call", "refused", CHAT, "It is deprecated. " + _TOOLS, ("none", "auto")),
+    Field("functions", "refused", CHAT, "It is deprecated: use tools.", ([],)),
+    Field("function_call", "refused", CHAT, "It is deprecated: use tool_choice.", ("none", "auto")),
     Field("modalities", "refused", CHAT, _NEVER, (["text"],)),
     Field("audio", "refused", CHAT, _NEVER),
     Field("web_search_options", "refused", CHAT, "This server does not search the web."),
@@ -120,19 +121,16 @@ FIELDS: tuple[Field, ...] = (
     Field("conversation", "refused", RESPONSES, _MEMORY),
     Field("prompt", "refused", RESPONSES, "Prompt templates are not stored here: send input and instructions."),
     Field("background", "refused", RESPONSES, "Answers are not stored here, so nobody could fetch one later.", (False,)),
-    Field("include", "refused", RESPONSES, "There is nothing to include: no tools, no stored items, no logprobs.", ([],)),
+    Field("include", "refused", RESPONSES, "There is nothing to include: no hosted tools or stored items, no logprobs.", ([],)),
     Field("top_logprobs", "refused", RESPONSES, "Use /v1/chat/completions.", (0,)),
     Field("text", "refused", RESPONSES, _GRAMMARS, ({}, {"format": {"type": "text"}})),
     Field("truncation", "refused", RESPONSES, "Use truncate_prompt_tokens.", ("disabled",)),
-    Field("max_tool_calls", "refused", RESPONSES, _TOOLS),
+    Field("max_tool_calls", "refused", RESPONSES, "It is about tools that a server runs. " + _HOSTED),
     Field("context_management", "refused", DIALECTS, "The whole conversation is sent each time; leave out what is old.", ([],)),
-    Field("tools", "refused", DIALECTS, _TOOLS, ([],)),
-    Field("tool_choice", "refused", RESPONSES, _TOOLS, ("none", "auto")),
-    Field("tool_choice", "refused", MESSAGES, _TOOLS, ({"type": "none"}, {"type": "auto"})),
     Field("thinking", "refused", MESSAGES, "Its models do not think apart from answers.", ({"type": "disabled"},)),
     Field("output_config", "refused", MESSAGES, _GRAMMARS, ({},)),
     Field("output_format", "refused", MESSAGES, _GRAMMARS),
-    Field("mcp_servers", "refused", MESSAGES, _TOOLS, ([],)),
+    Field("mcp_servers", "refused", MESSAGES, _HOSTED, ([],)),
     Field("container", "refused", MESSAGES, "There are no containers here."),
     Field("use_beam_search", "refused", BOTH, "Beam search is not planned; use n.", (False,)),
 )

@@ -16,13 +16,13 @@ RESERVED = {"messages", "tools", "chat_template", "add_generation_prompt", "cont
 
 def for_template(messages: list[Message]) -> list[dict[str, Any]]:
     """Checks what types cannot say and flattens: text parts are joined by newlines (as vLLM does), `developer` becomes
-    `system` (its name in every open model's template), tool-call arguments become objects. Raises ApiError 400.
+    `system` (its name in every open model's template), arguments of calls become objects. Raises ApiError 400.
     """
-    calls: set[str] = set()
+    calls: dict[str, str] = {}  # names by id
     return [_one(message, f"messages[{i}]", calls) for i, message in enumerate(messages)]
 
 
-def _one(message: Message, path: str, calls: set[str]) -> dict[str, Any]:
+def _one(message: Message, path: str, calls: dict[str, str]) -> dict[str, Any]:
     role = "system" if message.role == "developer" else message.role
     plain: dict[str, Any] = {"role": role, "content": _text(message, path)}
     if message.name is not None:
@@ -30,11 +30,11 @@ def _one(message: Message, path: str, calls: set[str]) -> dict[str, Any]:
     if message.tool_calls:
         if role != "assistant":
             raise bad_request(f"Only assistant messages may have tool_calls, not {role}.", param=f"{path}.tool_calls")
-        calls.update(call.id for call in message.tool_calls)
+        calls.update((call.id, call.function.name) for call in message.tool_calls)
         plain["tool_calls"] = [
             {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
             for call in message.tool_calls
-            for arguments in [_arguments(call.function.arguments, path)]
+            for arguments in [_arguments(call.function.arguments)]
         ]
     if role == "tool":
         if message.tool_call_id not in calls:
@@ -43,6 +43,7 @@ def _one(message: Message, path: str, calls: set[str]) -> dict[str, Any]:
                 param=f"{path}.tool_call_id",
             )
         plain["tool_call_id"] = message.tool_call_id
+        plain.setdefault("name", calls[str(message.tool_call_id)])  # some templates say whose result it is
     return plain
 
 
@@ -84,16 +85,13 @@ def _text(message: Message, path: str) -> str:
     return "\n".join(texts)
 
 
-def _arguments(text: str, path: str) -> Any:
-    if not text:
-        return {}
+def _arguments(text: str) -> Any:
+    """An object, as templates want it. Text that is none stays text: a call that a model broke must not end a conversation."""
     try:
-        return orjson.loads(text)
+        found = orjson.loads(text or "{}")
     except orjson.JSONDecodeError:
-        raise bad_request(
-            "The arguments of a tool call must be a JSON object in a string.",
-            param=f"{path}.tool_calls",
-        ) from None
+        return text
+    return found if isinstance(found, dict) else text
 
 
 def check_template_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:

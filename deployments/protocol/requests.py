@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, 
 from deployments.protocol.errors import ApiError, bad_request, unsupported
 from deployments.protocol.fields import BY_NAME, Endpoint
 from deployments.protocol.limits import Limits
+from deployments.protocol.tools import Choice, Tools
 from deployments.protocol.validation import translate
 from deployments.protocol.values import (
     INT64,
@@ -111,6 +112,9 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
     logprobs: StrictBool = False
     top_logprobs: Annotated[Int, Field(ge=0)] | None = None
+    tools: Tools = []
+    tool_choice: Choice = None
+    parallel_tool_calls: StrictBool = True
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     add_generation_prompt: StrictBool | None = None  # true unless the last message is continued
     continue_final_message: StrictBool = False

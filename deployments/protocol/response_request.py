@@ -9,34 +9,45 @@ from pydantic_core import PydanticCustomError
 
 from deployments.protocol.errors import bad_request, unsupported
 from deployments.protocol.limits import Limits
-from deployments.protocol.requests import ChatRequest, Message, SamplingRequest, parse_fields
+from deployments.protocol.requests import ChatRequest, FunctionCall, Message, SamplingRequest, ToolCall, parse_fields
+from deployments.protocol.tools import MAX_TOOLS, FlatChoice, FlatTool, ToolChoice
 from deployments.protocol.validation import expected, json_type
 from deployments.protocol.values import Int
 
 _TEXT_PARTS = ("input_text", "output_text", "text", "refusal")
 _PARTS_SCHEMA = {"type": "array", "items": {"type": "object", "required": ["type"]}}
-_ITEM_SCHEMA = {
-    "type": "object",
-    "required": ["role", "content"],
-    "properties": {
-        "type": {"const": "message"},
-        "role": {"enum": ["system", "developer", "user", "assistant"]},
-        "content": {"anyOf": [{"type": "string"}, _PARTS_SCHEMA]},
-    },
-}
+_TEXT_SCHEMA = {"anyOf": [{"type": "string"}, _PARTS_SCHEMA]}
+_STRING = {"type": "string"}
+_ITEM_SCHEMA = {"anyOf": [
+    {"type": "object", "required": ["role", "content"],
+     "properties": {"type": {"const": "message"}, "role": {"enum": ["system", "developer", "user", "assistant"]},
+                    "content": _TEXT_SCHEMA}},
+    {"type": "object", "required": ["type", "call_id", "name", "arguments"],
+     "properties": {"type": {"const": "function_call"}, "call_id": _STRING, "name": _STRING, "arguments": _STRING}},
+    {"type": "object", "required": ["type", "call_id", "output"],
+     "properties": {"type": {"const": "function_call_output"}, "call_id": _STRING, "output": _TEXT_SCHEMA}},
+]}  # fmt: skip
 _INPUT_SCHEMA = {
     "anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "maxItems": 4096, "items": _ITEM_SCHEMA}]
 }
 
 
 class InputItem(BaseModel):
-    """One message of the conversation."""
+    """A message of the conversation, a call of a function in it, or the result of one."""
 
     model_config = ConfigDict(extra="ignore")
 
-    type: Literal["message"] = "message"
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Any
+    type: Literal["message", "function_call", "function_call_output"] = "message"
+    role: Literal["system", "developer", "user", "assistant"] | None = None
+    content: Any = None
+    call_id: StrictStr | None = None
+    name: StrictStr | None = None
+    arguments: StrictStr | None = None
+    output: Any = None
+
+
+_NEEDED = {"message": ("role", "content"), "function_call": ("call_id", "name", "arguments"),
+           "function_call_output": ("call_id", "output")}  # fmt: skip
 
 
 class Reasoning(BaseModel):
@@ -52,8 +63,9 @@ def _input(value: Any) -> Any:
         raise expected("one of a string or array of items", value)
     for item in value:
         kind = item.get("type") if isinstance(item, dict) else None
-        if kind not in (None, "message"):
-            words = "Expected items of type 'message', but got '{kind}': tools and stored items are not supported"
+        if kind is not None and kind not in _NEEDED:
+            words = ("Expected items of type 'message', 'function_call' or 'function_call_output', but got '{kind}': "
+                     "hosted tools and stored items are not supported")  # fmt: skip
             raise PydanticCustomError("item_type", words, {"kind": str(kind)[:40]})
     return value
 
@@ -67,6 +79,9 @@ class ResponseRequest(SamplingRequest):
     metadata: Annotated[dict[StrictStr, StrictStr], Field(max_length=16)] = {}
     reasoning: Reasoning | None = None
     store: StrictBool = False
+    tools: Annotated[list[FlatTool], Field(max_length=MAX_TOOLS)] = []
+    tool_choice: FlatChoice = ToolChoice("auto")
+    parallel_tool_calls: StrictBool = True
     chat_template_kwargs: dict[str, Any] = {}
 
 
@@ -76,25 +91,51 @@ def parse_response(body: dict[str, Any], limits: Limits) -> tuple[ResponseReques
     if request.store:
         raise unsupported("store", "Answers are not stored here: send 'store': false, or leave it out.")
     messages = [Message(role="system", content=request.instructions)] if request.instructions else []
-    messages += [Message(role=item.role, content=_text(item, f"input[{i}]")) for i, item in enumerate(request.input)]
+    messages += _messages(request.input)
     shared = {name: getattr(request, name) for name in SamplingRequest.model_fields}
     chat = ChatRequest.model_construct(
-        **shared, messages=messages, max_completion_tokens=request.max_output_tokens,
+        **shared, messages=messages, tools=[tool.nested() for tool in request.tools], tool_choice=request.tool_choice,
+        parallel_tool_calls=request.parallel_tool_calls, max_completion_tokens=request.max_output_tokens,
         reasoning_effort=request.reasoning and request.reasoning.effort, chat_template_kwargs=request.chat_template_kwargs,
     )  # fmt: skip
     return request, chat, unknown
 
 
-def _text(item: InputItem, path: str) -> str:
-    """An item's text; its parts are joined by newlines, as those of chat messages. Raises ApiError 400."""
-    content = item.content
+def _messages(items: list[InputItem]) -> list[Message]:
+    """Calls belong to the assistant's message before them, if there is one. Raises ApiError 400."""
+    messages: list[Message] = []
+    calls: set[str] = set()
+    for i, item in enumerate(items):
+        path = f"input[{i}]"
+        for name in _NEEDED[item.type]:
+            if getattr(item, name) is None:
+                where = f"{path}.{name}"
+                raise bad_request(f"Missing required parameter: '{where}'.", param=where, code="missing_required_parameter")
+        if item.type == "message":
+            messages.append(Message(role=item.role, content=_text(item.content, f"{path}.content")))  # type: ignore[arg-type]
+        elif item.type == "function_call":
+            call = ToolCall(id=str(item.call_id), function=FunctionCall(name=str(item.name), arguments=str(item.arguments)))
+            calls.add(call.id)
+            if not messages or messages[-1].role != "assistant":
+                messages.append(Message(role="assistant"))
+            messages[-1].tool_calls = [*(messages[-1].tool_calls or []), call]
+        elif item.call_id not in calls:
+            raise bad_request("A function_call_output must follow the function_call that has its call_id.",
+                              param=f"{path}.call_id")  # fmt: skip
+        else:
+            messages.append(Message(role="tool", tool_call_id=item.call_id, content=_text(item.output, f"{path}.output")))
+    return messages
+
+
+def _text(content: Any, path: str) -> str:
+    """Text, or parts of it, which are joined by newlines as those of chat messages. Raises ApiError 400."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise bad_request(
-            f"Invalid type for '{path}.content': expected one of a string or array of content parts, "
+            f"Invalid type for '{path}': expected one of a string or array of content parts, "
             f"but got {json_type(content)} instead.",
-            param=f"{path}.content",
+            param=path,
             code="invalid_type",
         )
     texts = []
@@ -104,7 +145,7 @@ def _text(item: InputItem, path: str) -> str:
         if kind not in _TEXT_PARTS or not isinstance(text, str):
             raise bad_request(
                 "Unsupported content part: this server's models take text parts only (input_text, output_text).",
-                param=f"{path}.content[{i}]",
+                param=f"{path}[{i}]",
                 code="unsupported_content_part",
             )
         texts.append(text)

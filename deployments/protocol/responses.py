@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+from deployments.tools.pieces import Block, Call
 from model_core.engine.request import EngineInfo, TokenLogprobs
 
 MIN_LOGPROB = -9999.0  # JSON has no -Infinity
@@ -109,12 +110,24 @@ def whole(head: Head, choices: list[dict[str, Any]], usage: Usage) -> dict[str, 
     return {**head.json(), "service_tier": "default", "choices": choices, "usage": usage.json()}
 
 
+def text_of(blocks: Sequence[Block]) -> str:
+    return "".join(block for block in blocks if isinstance(block, str))
+
+
 def chat_choice(
-    index: int, text: str, logprobs: dict[str, Any] | None, finish: str | None, stop_reason: str | int | None
+    index: int, blocks: Sequence[Block], logprobs: dict[str, Any] | None, finish: str | None, stop_reason: str | int | None
 ) -> dict[str, Any]:
+    calls = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in blocks if isinstance(call, Call)
+    ]  # fmt: skip
+    text = text_of(blocks)
+    message: dict[str, Any] = {"role": "assistant", "content": text or None if calls else text, "refusal": None}
+    if calls:
+        message["tool_calls"] = calls
     return {
         "index": index,
-        "message": {"role": "assistant", "content": text, "refusal": None},
+        "message": message,
         "logprobs": logprobs,
         "finish_reason": finish,
         "stop_reason": stop_reason,

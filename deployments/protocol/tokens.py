@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr
 
 from deployments.protocol.errors import bad_request
 from deployments.protocol.requests import Message, check_continued, parse_fields
+from deployments.protocol.tools import Tools
 from deployments.protocol.values import TokenId
 
 
@@ -23,6 +24,7 @@ class TokenizeRequest(BaseModel):
     add_generation_prompt: StrictBool | None = None  # true unless the last message is continued
     continue_final_message: StrictBool = False
     chat_template_kwargs: dict[str, Any] = {}
+    tools: Tools = []
     return_token_strs: StrictBool = False
 
     @property

@@ -10,7 +10,7 @@ from codecs import utf_8_decode
 from collections import deque
 from collections.abc import Sequence
 
-from model_core.errors import RequestError
+from model_core.tokenizer.stops import StopFinder
 from model_core.tokenizer.tokenizer import Tokenizer
 
 
@@ -19,6 +19,7 @@ class Detokenizer:
 
     stop: strings that end the sequence. The one whose last character comes first wins, and of two that end together the
     longer, so the result does not depend on how tokens arrive. include_stop: return the stop string itself too.
+    keep: special tokens that are never skipped.
     prompt_ids: what the sequence continues; without it the first token starts a text (its leading space is dropped by
     models whose decoder does that), with it the token stands inside a text.
 
@@ -28,8 +29,8 @@ class Detokenizer:
     before it counts. After finish without a stop, tokens_sent == tokens_pushed.
     """
 
-    __slots__ = ("_decoded", "_ends", "_heads", "_held", "_include", "_last_end", "_matchers", "_partial", "_pending",
-                 "_returned", "_strip", "_table", "stopped", "tokens_pushed", "tokens_sent")
+    __slots__ = ("_decoded", "_ends", "_last_end", "_pending", "_returned", "_stops", "_strip", "_table", "tokens_pushed",
+                 "tokens_sent")
 
     def __init__(
         self,
@@ -38,26 +39,25 @@ class Detokenizer:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        keep: frozenset[int] = frozenset(),
         prompt_ids: Sequence[int] = (),
     ) -> None:
-        table = tokenizer.byte_table(skip_special_tokens=skip_special_tokens)
+        table = tokenizer.byte_table(skip_special_tokens=skip_special_tokens, keep=keep)
         self._table = table
-        if "" in stop:
-            raise RequestError("a stop string is empty; leave it out", param="stop", code="invalid_value")
-        self._matchers = [_Matcher(text) for text in stop]
-        self._heads = frozenset(matcher.text[0] for matcher in self._matchers)
-        self._partial = 0  # length of the longest beginning of a stop string that ends the text
-        self._include = include_stop
+        self._stops = StopFinder(stop, include=include_stop) if stop else None
         self._pending = _incomplete_tail(table, prompt_ids)  # bytes of a character that is not whole yet, at most 3
         self._strip = tokenizer.strips_space and not any(table[i] for i in prompt_ids if i < len(table))
-        self._held = ""  # decoded, may be the beginning of a stop string
         self._decoded = 0  # characters decoded: those returned and those held
         self._returned = 0
         self._ends: deque[int] = deque()  # of tokens not sent: characters decoded once the token's text is whole
         self._last_end = 0  # the same of the last token that was sent
-        self.stopped: str | None = None  # the stop string that was found
         self.tokens_pushed = 0
         self.tokens_sent = 0
+
+    @property
+    def stopped(self) -> str | None:
+        """The stop string that was found."""
+        return None if self._stops is None else self._stops.found
 
     def push(self, ids: Sequence[int]) -> str:
         """Take the next ids; return the text that may be sent now, "" while there is none or after a stop."""
@@ -85,8 +85,7 @@ class Detokenizer:
         self._pending = b""
         text = self._advance(piece, new_token=False)
         if self.stopped is None:
-            text += self._held
-            self._held = ""
+            text += "" if self._stops is None else self._stops.flush()
             self._returned = self._decoded
             self._ends.clear()
             self.tokens_sent = self.tokens_pushed
@@ -98,10 +97,13 @@ class Detokenizer:
             self._strip = False
             piece = piece.removeprefix(" ")
         self._decoded += len(piece)
-        if self._matchers:
-            piece = self._watch(piece)
+        stops = self._stops
+        is_held = False
+        if stops is not None:
+            piece = stops.feed(piece)
+            is_held = bool(stops.held) or stops.found is not None
         self._returned += len(piece)
-        if self._pending or self._held or self.stopped is not None:
+        if self._pending or is_held:
             if new_token:
                 self._ends.append(self._decoded + bool(self._pending))
             self._cover()
@@ -111,27 +113,6 @@ class Detokenizer:
             self.tokens_sent = self.tokens_pushed
             self._last_end = self._decoded
         return piece
-
-    def _watch(self, piece: str) -> str:
-        """Look for stop strings in the text so far; return what cannot belong to one."""
-        if not self._partial and self._heads.isdisjoint(piece):  # nearly every token: 0.2 us instead of 3
-            return piece
-        found: _Matcher | None = None
-        found_end = 0
-        for matcher in self._matchers:
-            end = matcher.feed(piece)
-            if end and (found is None or (end, -len(matcher.text)) < (found_end, -len(found.text))):
-                found, found_end = matcher, end
-        window = self._held + piece
-        if found is not None:
-            self.stopped = found.text
-            end = len(self._held) + found_end
-            self._held = ""
-            return window[: end if self._include else end - len(found.text)]
-        self._partial = max([matcher.matched for matcher in self._matchers])
-        cut = len(window) - (0 if self._include else self._partial)  # included stop strings need not wait
-        self._held = window[cut:]
-        return window[:cut]
 
     def _cover(self) -> None:
         """Count the tokens whose text has been returned."""
@@ -143,44 +124,6 @@ class Detokenizer:
             if self._last_end < returned:  # the next token carries the last characters before the stop string
                 self.tokens_sent += 1
             ends.clear()
-
-
-class _Matcher:
-    """Finds one string in text that arrives in pieces (Knuth, Morris and Pratt 1977): linear for any input.
-
-    matched: how many characters of the string the text now ends in.
-    """
-
-    __slots__ = ("_fallback", "matched", "text")
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.matched = 0
-        # _fallback[n]: the longest proper beginning of text that ends text[: n + 1]
-        self._fallback = [0]
-        n = 0
-        for char in text[1:]:
-            while n and text[n] != char:
-                n = self._fallback[n - 1]
-            n += text[n] == char
-            self._fallback.append(n)
-
-    def feed(self, piece: str) -> int:
-        """Characters of `piece` up to the end of the first match, 0 if there is none. Not to be fed after a match."""
-        text, n, start = self.text, self.matched, 0
-        if not n:
-            start = piece.find(text[0])
-            if start < 0:
-                return 0
-        for at in range(start, len(piece)):
-            char = piece[at]
-            while n and text[n] != char:
-                n = self._fallback[n - 1]
-            n += text[n] == char
-            if n == len(text):
-                return at + 1
-        self.matched = n
-        return 0
 
 
 def _incomplete_tail(table: list[bytes], prompt_ids: Sequence[int]) -> bytes:

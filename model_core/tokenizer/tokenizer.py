@@ -34,7 +34,7 @@ class Codec:
 
 
 class Tokenizer:
-    """Encodes, decodes and renders conversations. Thread-safe: nothing changes after construction.
+    """Encodes, decodes and renders conversations. Thread-safe: nothing but caches changes after construction.
 
     vocab_size: ids run from 0 to vocab_size - 1 (a model may have more rows, padded: such ids decode to nothing).
     """
@@ -53,6 +53,7 @@ class Tokenizer:
         self._plain_bytes = list(codec.token_bytes)
         for i in self.special_ids:
             self._plain_bytes[i] = b""
+        self._kept_bytes: dict[frozenset[int], list[bytes]] = {}
 
     @property
     def chat_template(self) -> str | None:
@@ -104,9 +105,19 @@ class Tokenizer:
         text = b"".join([table[i] for i in ids if i < size]).decode("utf-8", "replace")
         return text[1:] if self.strips_space and text.startswith(" ") else text
 
-    def byte_table(self, *, skip_special_tokens: bool) -> list[bytes]:
-        """Bytes by id, special tokens as b"" or as their text. Shared: do not change it."""
-        return self._plain_bytes if skip_special_tokens else self._all_bytes
+    def byte_table(self, *, skip_special_tokens: bool, keep: frozenset[int] = frozenset()) -> list[bytes]:
+        """Bytes by id, special tokens as b"" or as their text; those of `keep` always so. Shared: do not change it."""
+        if not skip_special_tokens:
+            return self._all_bytes
+        if not keep:
+            return self._plain_bytes
+        table = self._kept_bytes.get(keep)
+        if table is None:
+            table = list(self._plain_bytes)
+            for i in keep:
+                table[i] = self._all_bytes[i]
+            self._kept_bytes[keep] = table
+        return table
 
     def token_bytes(self, token_id: int) -> bytes:
         """Raw bytes of one token (of its text, for a special token); b"" for an id without a token."""

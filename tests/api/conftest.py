@@ -8,7 +8,8 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import count
 
 import openai
 import pytest
@@ -19,6 +20,7 @@ from deployments.api.app import create_app
 from deployments.api.tracing import Tracer
 from deployments.protocol.access import Access
 from deployments.protocol.limits import Limits
+from deployments.tools.family import ToolParser
 from deployments.transport.base import NotReady
 from model_core.engine.request import EngineInfo, EngineStats, Request, TokenEvent, TokenLogprobs
 from model_core.tokenizer.chat import ChatTemplate
@@ -44,6 +46,7 @@ INFO = EngineInfo(
     vocab_size=IM_END + 1,
     eos_ids=(IM_END,),
 )
+ROOMY = replace(INFO, context_length=4096)
 
 
 def encode(text: str, first: bool = True) -> list[int]:
@@ -62,15 +65,16 @@ def encode(text: str, first: bool = True) -> list[int]:
     return ids
 
 
-def make_tokenizer(chat: bool = True) -> Tokenizer:
-    names = ["<|im_start|>", "<|im_end|>"]
+def make_tokenizer(chat: bool = True, template: str = TEMPLATE, special: tuple[str, ...] = ()) -> Tokenizer:
+    """special: more control tokens, with ids from IM_END + 1 on."""
+    names = ["<|im_start|>", "<|im_end|>", *special]
     codec = Codec(
         encode=encode,
         token_bytes=[bytes([i]) for i in range(256)] + [word.encode() for word in WORDS] + [n.encode() for n in names],
-        added=[AddedToken(name, id) for name, id in zip(names, (IM_START, IM_END), strict=True)],
+        added=[AddedToken(name, id) for name, id in zip(names, count(IM_START), strict=False)],
         eos_ids=(IM_END,),
     )
-    return Tokenizer(codec, ChatTemplate({"default": TEMPLATE}) if chat else None)
+    return Tokenizer(codec, ChatTemplate({"default": template}) if chat else None)
 
 
 class LimitsForTests(Limits):
@@ -102,6 +106,7 @@ class FakeTransport:
     ready: bool = True
     cached: int = 0
     waits: tuple[float, float] | None = (0.002, 0.004)
+    told: EngineInfo = INFO
     requests: list[Request] = field(default_factory=list)
     running: set[str] = field(default_factory=set)
     aborted: dict[str, float] = field(default_factory=dict)  # id → time.monotonic
@@ -113,7 +118,7 @@ class FakeTransport:
     async def info(self) -> EngineInfo:
         if not self.ready:
             raise NotReady("loading")
-        return INFO
+        return self.told
 
     async def stats(self) -> list[EngineStats]:
         if not self.ready:
@@ -178,14 +183,18 @@ class Server:
     """A uvicorn server in a thread. `fake` and `limits` may be changed between requests."""
 
     IM_START, IM_END = IM_START, IM_END
-    INFO = INFO
+    INFO, ROOMY = INFO, ROOMY
     encode = staticmethod(encode)
     events = staticmethod(events)
 
-    def __init__(self, tokenizer: Tokenizer, access: Access | None = None, tracer: Tracer | None = None) -> None:
-        self.fake = FakeTransport()
+    def __init__(
+        self, tokenizer: Tokenizer, access: Access | None = None, tracer: Tracer | None = None, *,
+        info: EngineInfo = INFO, tool_parser: ToolParser = "auto",
+    ) -> None:  # fmt: skip
+        self._told = info
+        self.fake = FakeTransport(told=info)
         self.limits = LimitsForTests()
-        self.app = create_app(self.fake, tokenizer, self.limits, access, tracer=tracer)
+        self.app = create_app(self.fake, tokenizer, self.limits, access, tracer=tracer, tool_parser=tool_parser)
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)  # else the kernel holds megabytes of answers
         listener.bind(("127.0.0.1", 0))
@@ -204,7 +213,7 @@ class Server:
         return self.app.state.service.gate
 
     def reset(self) -> None:
-        self.fake.__init__()  # type: ignore[misc]
+        self.fake.__init__(told=self._told)  # type: ignore[misc]
         self.limits.__init__()  # type: ignore[misc]
 
     def stop(self) -> None:
@@ -269,6 +278,21 @@ def server(_server: Server) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
+def _roomy() -> Iterator[Server]:
+    server = Server(make_tokenizer(), info=ROOMY)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def roomy(_roomy: Server) -> Iterator[Server]:
+    """A server whose context holds the description of tools."""
+    _roomy.reset()
+    yield _roomy
+    _roomy.wait_idle()
+
+
+@pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return make_tokenizer()
 
@@ -278,10 +302,14 @@ def fresh_server() -> Iterator[Callable[..., Server]]:
     """Makes servers of a test's own: fresh_server(chat=False) has a model without a chat template."""
     servers: list[Server] = []
 
-    def make(chat: bool = True, access: Access | None = None, tracer: Tracer | None = None) -> Server:
-        servers.append(Server(make_tokenizer(chat), access, tracer))
+    def make(
+        chat: bool = True, access: Access | None = None, tracer: Tracer | None = None, *, template: str = TEMPLATE,
+        special: tuple[str, ...] = (), info: EngineInfo = INFO, tool_parser: ToolParser = "auto",
+    ) -> Server:  # fmt: skip
+        servers.append(Server(make_tokenizer(chat, template, special), access, tracer, info=info, tool_parser=tool_parser))
         return servers[-1]
 
+    make.ROOMY = ROOMY  # type: ignore[attr-defined]
     yield make
     for server in servers:
         server.stop()

@@ -27,6 +27,14 @@ ASKED = [
     (RESPONSES, {"reasoning": {"effort": "low"}, "temperature": 0.5}),
     (MESSAGES, {}), (MESSAGES, {"max_tokens": 1, "system": "be"}), (MESSAGES, {"stop_sequences": ["wor"]}),
 ]  # fmt: skip
+F = {"name": "f", "parameters": {"type": "object"}}
+CALLING = [
+    (CHAT, {"tools": [{"type": "function", "function": F}], "logprobs": True, "stream_options": USAGE, **EXTRAS}),
+    (RESPONSES, {"tools": [{"type": "function", **F}], "tool_choice": "auto"}),
+    (RESPONSES, {"tools": [{"type": "function", **F}], "parallel_tool_calls": False, "tool_choice": {
+        "type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]}}),
+    (MESSAGES, {"tools": [{"name": "f", "input_schema": {"type": "object"}}], "max_tokens": 200}),
+]  # fmt: skip
 POSTS = [
     ("/tokenize", {"prompt": "ab"}), ("/tokenize", {"messages": HELLO, "return_token_strs": True}),
     ("/detokenize", {"tokens": [97]}), ("/v1/messages/count_tokens", {"model": "acme/tiny", "messages": HELLO}),
@@ -93,6 +101,21 @@ def test_whole_answers_and_streams(server, path, fields):
     status, headers, raw = server.raw("POST", path, {**body, "stream": True})
     assert status == 200 and headers["content-type"].startswith("text/event-stream")
     check(schema_of("post", path, kind="text/event-stream")["contentSchema"], events_of(path, raw))
+
+
+@pytest.mark.parametrize(("path", "fields"), CALLING, ids=[path for path, _ in CALLING])
+def test_answers_with_calls(roomy, path, fields):
+    says = 'So: <tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>\n<tool_call>{"name": "f", "arguments": {]'
+    roomy.fake.script = lambda request: [*roomy.encode(says), roomy.IM_END]
+    for stream in (False, True):
+        body = {**BASE[path], **fields, "stream": stream}
+        if not stream:
+            body.pop("stream_options", None)
+        status, _, raw = roomy.raw("POST", path, body)
+        assert status == 200 and (b"tool_use" in raw or b"function" in raw)
+        kind = "text/event-stream" if stream else "application/json"
+        schema = schema_of("post", path, kind=kind)
+        check(schema["contentSchema"] if stream else schema, events_of(path, raw) if stream else json.loads(raw))
 
 
 @pytest.mark.parametrize("path", BASE)

@@ -6,6 +6,7 @@ import pytest
 
 from deployments.transport.base import ReplicaLost
 
+TOOLS = [{"name": "f", "input_schema": {"type": "object"}}]
 BASE = {"model": "acme/tiny", "max_tokens": 20, "messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -100,14 +101,25 @@ def test_tokens_are_counted_as_they_would_be_used(server):
     ({"messages": []}, "empty array"),
     ({"messages": [{"role": "system", "content": "a"}]}, "'user' or 'assistant'"),
     ({"messages": [{"role": "user", "content": 3}]}, "'messages[0].content'"),
-    ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "type 'text' only"),
+    ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "type text or tool_result"),
+    ({"system": [{"type": "image", "source": {}}]}, "type text here"),
     ({"messages": [{"role": "user", "content": "y" * 300}]}, "maximum context length"),
     ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}, "cannot be continued"),
     ({"system": 3}, "'system'"),
     ({"temperature": 1.5}, "'temperature'"),
     ({"stop_sequences": ["a", "b", "c", "d", "e"]}, "'stop_sequences'"),
     ({"stop_sequences": [""]}, "'stop_sequences'"),
-    ({"tools": [{"name": "f"}]}, "'tools'"),
+    ({"tools": [{"name": "f"}]}, "'tools[0].input_schema'"),
+    ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "'bash_20250124'"),
+    ({"tool_choice": {"type": "any"}}, "only allowed when 'tools'"),
+    ({"tools": TOOLS, "tool_choice": {"type": "tool"}}, "'tool_choice.name'"),
+    ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "g"}}, "no function 'g'"),
+    ({"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x"}]}]}, "must follow the tool_use"),
+    ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "'messages[0].content[0].tool_use_id'"),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": [
+        {"type": "tool_use", "id": "x", "name": "f", "input": {}}]}]}, "its result is missing"),
+    ({"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "x", "name": "f", "input": "a"}]}]},
+     "'messages[0].content[0].input'"),
     ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "'thinking'"),
 ])  # fmt: skip
 def test_what_is_refused(server, fields, words):

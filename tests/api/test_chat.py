@@ -251,7 +251,7 @@ def test_messages_for_the_template(server):
     ids = server.fake.requests[0].prompt_ids
     assert ids.count(server.IM_START) == 5 and ids.count(server.IM_END) == 4  # the user's own is plain text
     text = bytes(i for i in ids if i < 256).decode()
-    assert text.startswith("system\nbe\nbrief\n") and "\ntool\n42" in text
+    assert text.startswith("system\nbe\nbrief\n") and "\nuser\n<tool_response>\n42\n" in text
     assert server.chat(add_generation_prompt=False)[0] == 200
     assert server.fake.requests[1].prompt_ids.count(server.IM_START) == 1
 

@@ -9,6 +9,7 @@ import pytest
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 BASE = {"messages": MESSAGES}
+F = {"type": "function", "function": {"name": "f"}}
 
 
 def check(server, body, status, code, param=None, path="/v1/chat/completions", words=""):
@@ -120,8 +121,21 @@ CHAT = [
     ({**BASE, "min_tokens": 5, "max_tokens": 4}, "invalid_value", "min_tokens"),
     ({**BASE, "chat_template_kwargs": {"messages": []}}, "invalid_value", "chat_template_kwargs"),
     ({**BASE, "response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
-    ({**BASE, "tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
-    ({**BASE, "tool_choice": "required"}, "unsupported_parameter", "tool_choice"),
+    ({**BASE, "tools": [{"type": "function"}]}, "missing_required_parameter", "tools[0].function"),
+    ({**BASE, "tools": [{"type": "custom", "custom": {"name": "f"}}]}, "invalid_value", "tools[0].type"),
+    ({**BASE, "tools": [{"type": "function", "function": {"name": "a b"}}]}, "invalid_value", "tools[0].function.name"),
+    ({**BASE, "tools": [F, F]}, "invalid_value", "tools"),
+    ({**BASE, "tools": [F] * 129}, "array_above_max_length", "tools"),
+    ({**BASE, "tool_choice": "required"}, "invalid_value", "tool_choice"),
+    ({**BASE, "tools": [F], "tool_choice": "any"}, "invalid_value", "tool_choice"),
+    ({**BASE, "tools": [F], "tool_choice": 3}, "invalid_type", "tool_choice"),
+    ({**BASE, "tools": [F], "tool_choice": {"type": "function"}}, "invalid_value", "tool_choice"),
+    ({**BASE, "tools": [F], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "invalid_value", "tool_choice"),
+    ({**BASE, "tools": [F], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto"}}}, "invalid_value",
+     "tool_choice"),
+    ({**BASE, "tools": [F], "parallel_tool_calls": 1}, "invalid_type", "parallel_tool_calls"),
+    ({**BASE, "functions": [{"name": "f"}]}, "unsupported_parameter", "functions"),
+    ({**BASE, "function_call": {"name": "f"}}, "unsupported_parameter", "function_call"),
     ({**BASE, "functions": [{}]}, "unsupported_parameter", "functions"),
     ({**BASE, "structured_outputs": {"regex": "a"}}, "unsupported_parameter", "structured_outputs"),
     ({**BASE, "guided_json": {}}, "unsupported_parameter", "guided_json"),

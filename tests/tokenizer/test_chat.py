@@ -284,6 +284,15 @@ def test_the_tool_template_is_used_if_there_are_tools() -> None:
     assert caught.value.code == "chat_template_missing"
 
 
+def test_whether_a_template_knows_tools() -> None:
+    for templates, knows in (
+        ({"default": "{{ messages }}"}, False), ({"default": "{# tools #}{% set tools = 1 %}{{ tools }} tools"}, False),
+        ({"default": "{% if tools is defined and tools %}{% for t in tools %}{{ t }}{% endfor %}{% endif %}"}, True),
+        ({"default": "{{ messages }}", "tool_use": "{{ tools | tojson }}"}, True), ({"default": "{{ broken"}, False),
+    ):  # fmt: skip
+        assert ChatTemplate(templates).takes_tools == knows
+
+
 def test_arguments_reach_the_template_and_cannot_replace_ours() -> None:
     template = ChatTemplate({"default": "{{ bos_token }}{{ thinking }}{{ add_generation_prompt }}"}, {"bos_token": "<s>"})
     assert template.render([], add_generation_prompt=True, thinking=False) == "<s>FalseTrue"

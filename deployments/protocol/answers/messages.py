@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
-StopReason = Literal["end_turn", "max_tokens", "stop_sequence"]
+StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
 
 class TextBlock(TypedDict):
     type: Literal["text"]
     text: str
+
+
+class ToolUseBlock(TypedDict):
+    """`input` has the one member INVALID_JSON, a string, where the model wrote no JSON object."""
+
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
 
 
 class AnthropicUsage(TypedDict):
@@ -26,7 +35,7 @@ class AnthropicMessageAnswer(TypedDict):
     type: Literal["message"]
     role: Literal["assistant"]
     model: str
-    content: list[TextBlock]
+    content: list[TextBlock | ToolUseBlock]
     stop_reason: StopReason | None
     stop_sequence: str | None
     usage: AnthropicUsage
@@ -40,7 +49,7 @@ class MessageStart(TypedDict):
 class ContentBlockStart(TypedDict):
     type: Literal["content_block_start"]
     index: int
-    content_block: TextBlock
+    content_block: TextBlock | ToolUseBlock
 
 
 class TextDelta(TypedDict):
@@ -48,10 +57,15 @@ class TextDelta(TypedDict):
     text: str
 
 
+class InputJsonDelta(TypedDict):
+    type: Literal["input_json_delta"]
+    partial_json: str
+
+
 class ContentBlockDelta(TypedDict):
     type: Literal["content_block_delta"]
     index: int
-    delta: TextDelta
+    delta: TextDelta | InputJsonDelta
 
 
 class ContentBlockStop(TypedDict):

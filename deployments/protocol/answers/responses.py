@@ -24,6 +24,36 @@ class OutputMessage(TypedDict):
     content: list[OutputText]
 
 
+class FunctionCallItem(TypedDict):
+    """Incomplete: its arguments are cut, or no JSON."""
+
+    id: str
+    type: Literal["function_call"]
+    status: Literal["in_progress", "completed", "incomplete"]
+    call_id: str
+    name: str
+    arguments: str
+
+
+class FunctionToolSaid(TypedDict):
+    type: Literal["function"]
+    name: str
+    description: str | None
+    parameters: dict[str, Any] | None
+    strict: bool
+
+
+class NamedTool(TypedDict):
+    type: Literal["function"]
+    name: str
+
+
+class AllowedTools(TypedDict):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool]
+
+
 class InputTokensDetails(TypedDict):
     cached_tokens: int
     cache_write_tokens: int
@@ -76,7 +106,7 @@ class ResponseObject(TypedDict):
     max_tool_calls: None
     metadata: dict[str, str]
     model: str
-    output: list[OutputMessage]
+    output: list[OutputMessage | FunctionCallItem]
     parallel_tool_calls: bool
     previous_response_id: None
     reasoning: ReasoningSaid
@@ -84,8 +114,8 @@ class ResponseObject(TypedDict):
     store: Literal[False]
     temperature: float
     text: TextSaid
-    tool_choice: Literal["auto"]
-    tools: list[Any]
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools
+    tools: list[FunctionToolSaid]
     top_logprobs: int
     top_p: float
     truncation: Literal["disabled"]
@@ -104,7 +134,7 @@ class OutputItemEvent(TypedDict):
     type: Literal["response.output_item.added", "response.output_item.done"]
     sequence_number: int
     output_index: int
-    item: OutputMessage
+    item: OutputMessage | FunctionCallItem
 
 
 class ContentPartEvent(TypedDict):
@@ -136,4 +166,29 @@ class OutputTextDone(TypedDict):
     logprobs: list[Any]
 
 
-AnyResponseEvent = ResponseEvent | OutputItemEvent | ContentPartEvent | OutputTextDelta | OutputTextDone
+class FunctionCallArgumentsDelta(TypedDict):
+    type: Literal["response.function_call_arguments.delta"]
+    sequence_number: int
+    item_id: str
+    output_index: int
+    delta: str
+
+
+class FunctionCallArgumentsDone(TypedDict):
+    type: Literal["response.function_call_arguments.done"]
+    sequence_number: int
+    item_id: str
+    output_index: int
+    name: str
+    arguments: str
+
+
+AnyResponseEvent = (
+    ResponseEvent
+    | OutputItemEvent
+    | ContentPartEvent
+    | OutputTextDelta
+    | OutputTextDone
+    | FunctionCallArgumentsDelta
+    | FunctionCallArgumentsDone
+)
