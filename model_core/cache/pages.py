@@ -110,6 +110,12 @@ class PagePool:
         assert self._refs[page] > 0, f"page {page} is indexed without an owner"
         return self.index.insert(parent, tokens, page)
 
+    def forget(self, table: Iterable[int]) -> None:
+        """The prefix index is to lose those pages of a block table that no other one holds."""
+        for page in table:
+            if self.index is not None and page in self.index and self._refs[page] == 1:
+                self.index.remove(page)
+
     def cost(self, pages: Iterable[int]) -> int:
         """How many of these pages `acquire` would take from the available ones: those that no table holds."""
         return sum(self._refs[page] == 0 for page in pages)

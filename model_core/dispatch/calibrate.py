@@ -5,7 +5,9 @@ is fastest alone may cost a step a third (Llama-2-7B on an H100). Therefore a co
 after the other takes what makes the whole step fastest, beside the best of the choices before it.
 
 Kernels are specialised on the width of their accumulator, not on the rows of a batch, so one measurement serves every bucket
-whose kernels are the same: the nearest of 1, 8, 16, 32, 64, 128 and the largest.
+whose kernels are the same: the nearest of 1, 8, 16, 32, 64, 128 and the largest. Beyond 128 rows an accumulator is not wide
+enough and weights are read again: those buckets follow the largest (with the choices of 128 rows, 160 took TinyLlama longer
+than 256).
 """
 
 from __future__ import annotations
@@ -112,9 +114,9 @@ def nearest(bucket: int, points: list[int]) -> int:
     return min((point for point in points if _width(point) == _width(bucket)), key=lambda point: (abs(point - bucket), point))
 
 
-def _width(rows: int) -> tuple[bool, int]:
-    """What kernels for so many rows are specialised on."""
-    return rows <= MOST_ROWS, columns(rows)
+def _width(rows: int) -> tuple[bool, int, bool]:
+    """What kernels for so many rows are specialised on, and whether they read the weights several times."""
+    return rows <= MOST_ROWS, columns(rows), rows > columns(rows)
 
 
 class _Compiled:

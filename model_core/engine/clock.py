@@ -19,6 +19,7 @@ class Span:
         self._cuda = device.type == "cuda"
         self._begun = False
         if self._cuda:
+            self._stream = torch.cuda.default_stream(device)  # an event looks for it longer than it takes to record
             self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def reset(self) -> Span:
@@ -28,12 +29,12 @@ class Span:
     def begin(self) -> None:
         """Mark what is launched next as the beginning, unless there is one."""
         if self._cuda and not self._begun:
-            self._begin.record()
+            self._begin.record(self._stream)
             self._begun = True
 
     def end(self) -> None:
         if self._cuda:
-            self._end.record()
+            self._end.record(self._stream)
 
     def wait(self) -> None:
         """Until the device is done with the step. Raises what CUDA raises if a kernel failed."""

@@ -238,6 +238,7 @@ class Engine:
             s.pool.available, len(plan.preempted), us(planned - began), us(time.perf_counter() - planned))
         flights.append(Launched(flight, self._before, record))
         self._before = flight.span
+        s.launched(plan)
         return True
 
     def _proceed(self, plan: StepPlan) -> None:

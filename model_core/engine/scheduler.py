@@ -174,6 +174,12 @@ class Scheduler:
         self._plans.append(plan)
         return plan
 
+    def launched(self, plan: StepPlan) -> None:
+        """The device will do `plan`, before any later one: prompts that come now may share its pages. Optional: `commit` does
+        it too, but then the first token waits for it (2.5 us a page)."""
+        for seq, start, count, _ in plan.chunks:  # a last token may be known to the device alone
+            self._index(seq, min(start + count, len(seq.tokens)) // self.pool.page_size)
+
     def commit(self, plan: StepPlan, tokens: list[int]) -> list[Sequence]:
         """The device has done `plan`, the oldest in flight. Returns the sequences that ended by it.
 
@@ -324,7 +330,7 @@ class Scheduler:
         size = self.pool.page_size
         for page in range(seq.indexed, full):
             seq.node = self.pool.insert(seq.node, seq.tokens[page * size : (page + 1) * size], seq.block_table[page])
-        seq.indexed = full
+        seq.indexed = max(seq.indexed, full)
 
     def _preempt(self, seq: Sequence) -> None:
         self._stop_running(seq, State.WAITING)
@@ -336,6 +342,8 @@ class Scheduler:
     def _end(self, seq: Sequence, reason: FinishReason) -> None:
         del self._live[seq.request_id]
         seq.finish = reason
+        if reason == "error":  # whatever made it fail may lie in its pages
+            self.pool.forget(seq.block_table)
         if seq.state is State.RUNNING:
             self._stop_running(seq, State.FINISHED)
         seq.state = State.FINISHED

@@ -1,4 +1,5 @@
-"""Causal attention over the paged KV cache: one kernel for chunks of prompts, a split-KV pair for single tokens.
+"""Causal attention over the paged KV cache: one kernel for chunks of prompts, a split-KV pair for single tokens. On Hopper
+prompts are prompt_attention.py's, and the first kernel is its twin for all other shapes.
 
 Both stream tiles of keys through an online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867; tiled as in
 FlashAttention-2, Dao 2023, arXiv 2307.08691), accumulate in float32 and pack the query heads that share a KV head into the
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from model_core.kernels.prompt_attention import prompt_attention, streams
 from model_core.kernels.runtime import cdiv, jit, next_power_of_2, tl
 from model_core.model.batch import Batch
 
@@ -241,12 +243,14 @@ def paged_attention(
     scale: float,
     sliding_window: int | None = None,
     out: torch.Tensor | None = None,
+    streamed: bool = True,
 ) -> torch.Tensor:
     """Triton. q [T, Hq, D] (any strides, D contiguous), caches [pages, page_size, Hkv, D] (likewise) -> [T, Hq, D].
 
     Token t of a sequence sees the sequence's cached positions up to its own, with `sliding_window` W only the last W of
     them. K and V of the batch's own tokens must be in the cache. Grids come from the batch's host-side ints (or, without
     decodes, from `blocks` alone, so that a captured graph can be replayed on another batch); nothing waits for the device.
+    streamed: prompts by prompt_attention.py where it can compute them.
     """
     tokens, heads, dim = q.shape
     page_size, kv_heads = k_cache.shape[1:3]
@@ -277,6 +281,10 @@ def paged_attention(
     if decodes < batch.num_seqs:
         tiles = prefill_tiles(group, dim, q.dtype)
         blocks = batch.prefill_blocks(block_tokens(group, dim, q.dtype))
+        if streamed and streams(q, k_cache, v_cache, tiles.rows):
+            prompt_attention(q, k_cache, v_cache, out, batch.query_start, batch.context_len, batch.block_tables, blocks,
+                             scale=scale, window=window)  # fmt: skip
+            return out
         _prefill_kernel[(blocks.shape[0], kv_heads)](
             q, k_cache, v_cache, out, batch.query_start, batch.context_len, batch.block_tables, blocks, scale * _LOG2_E,
             *strides, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, STAGES=tiles.stages, num_warps=tiles.warps,

@@ -51,7 +51,7 @@ def _launch(x, residual, weight, eps, out):
         x, x if residual is None else residual, weight, y,
         rows, x_outer, x_inner, residual_rows[2], residual_rows[3], y_rows[2], y_rows[3], eps,
         INNER=inner, H=x.shape[-1], BLOCK=block, ROWS=per_program, ADD=residual is not None,
-        num_warps=4 if block <= 4096 else 8 if block <= 16384 else 16,
+        num_warps=2 if block <= 2048 else 4 if block <= 8192 else 8 if block <= 16384 else 16,
     )
     return y
 

@@ -7,7 +7,9 @@ rounded once.
 
 import torch
 
-from model_core.kernels.runtime import jit, next_power_of_2, tl
+from model_core.kernels.runtime import cdiv, jit, next_power_of_2, tl
+
+_HEADS, _WARPS = 32, 4  # query heads of a program, about: Llama-2-7B's 1920 tokens take 37.7 us, with one 38 to 116 (H100)
 
 
 @jit
@@ -24,30 +26,33 @@ def _rope_kv_kernel(
     q_ptr, k_ptr, v_ptr, position_ptr, cos_sin_ptr, k_cache_ptr, v_cache_ptr, slot_ptr,
     q_token, q_head, k_token, k_head, v_token, v_head, cos_sin_row,
     k_page, k_slot, k_cache_head, v_page, v_slot, v_cache_head,
-    GROUP: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    # One program: one token, one KV head with the GROUP query heads that share it.
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    # One program: one token, BLOCK_KV KV heads with the query heads that share them.
+    token, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_KV
     HALF: tl.constexpr = D // 2
     half = tl.arange(0, BLOCK_HALF)
     in_half = half < HALF
     row = cos_sin_ptr + tl.load(position_ptr + token).to(tl.int64) * cos_sin_row
-    cos = tl.load(row + half, mask=in_half, other=0.0)
-    sin = tl.load(row + HALF + half, mask=in_half, other=0.0)
+    cos = tl.load(row + half, mask=in_half, other=0.0)[None, :]
+    sin = tl.load(row + HALF + half, mask=in_half, other=0.0)[None, :]
 
-    member = tl.arange(0, BLOCK_G)[:, None]
-    q = q_ptr + token * q_token + (head * GROUP + member) * q_head
-    _rotate(q, q, cos[None, :], sin[None, :], half[None, :], (member < GROUP) & in_half[None, :], HALF)
+    head = first * GROUP + tl.arange(0, BLOCK_Q)[:, None]
+    ours = head < tl.minimum(first + BLOCK_KV, KV_HEADS) * GROUP
+    q = q_ptr + token * q_token + head * q_head
+    _rotate(q, q, cos, sin, half[None, :], ours & in_half[None, :], HALF)
 
+    head = first + tl.arange(0, BLOCK_KV)[:, None]
     slot = tl.load(slot_ptr + token).to(tl.int64)
     page, offset = slot // PAGE, slot % PAGE
     k_to = k_cache_ptr + page * k_page + offset * k_slot + head * k_cache_head
-    _rotate(k_ptr + token * k_token + head * k_head, k_to, cos, sin, half, in_half, HALF)
-    d = tl.arange(0, BLOCK_D)
-    v = tl.load(v_ptr + token * v_token + head * v_head + d, mask=d < D, other=0.0)
+    _rotate(k_ptr + token * k_token + head * k_head, k_to, cos, sin, half[None, :], (head < KV_HEADS) & in_half[None, :], HALF)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    mask = (head < KV_HEADS) & (d < D)
+    v = tl.load(v_ptr + token * v_token + head * v_head + d, mask=mask, other=0.0)
     v_to = v_cache_ptr + page * v_page + offset * v_slot + head * v_cache_head
-    tl.store(v_to + d, v.to(v_cache_ptr.dtype.element_ty), mask=d < D)
+    tl.store(v_to + d, v.to(v_cache_ptr.dtype.element_ty), mask=mask)
 
 
 def rope_kv_write(
@@ -66,11 +71,13 @@ def rope_kv_write(
     assert all(x.stride(-1) == 1 for x in (q, k, v, k_cache, v_cache, cos_sin))
     if tokens == 0:
         return
-    _rope_kv_kernel[(tokens, kv_heads)](
+    group = heads // kv_heads
+    each = max(1, min(next_power_of_2(kv_heads), _HEADS // next_power_of_2(group)))
+    _rope_kv_kernel[(tokens, cdiv(kv_heads, each))](
         q, k, v, positions, cos_sin, k_cache, v_cache, slot_mapping,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos_sin.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3],
-        GROUP=heads // kv_heads, PAGE=k_cache.shape[1], D=dim, BLOCK_G=next_power_of_2(heads // kv_heads),
-        BLOCK_HALF=next_power_of_2(dim // 2), BLOCK_D=next_power_of_2(dim), num_warps=1 if heads // kv_heads < 4 else 2,
+        GROUP=group, KV_HEADS=kv_heads, PAGE=k_cache.shape[1], D=dim, BLOCK_Q=next_power_of_2(each * group), BLOCK_KV=each,
+        BLOCK_HALF=next_power_of_2(dim // 2), BLOCK_D=next_power_of_2(dim), num_warps=_WARPS,
     )
 
 

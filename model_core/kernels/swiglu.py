@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from model_core.kernels.runtime import cdiv, jit, tl
 
-_BLOCK = 1024
+_BLOCK = 512
 
 
 @jit(do_not_specialize_on_alignment=["x_ptr", "y_ptr"])

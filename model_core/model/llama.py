@@ -103,11 +103,18 @@ class Llama:
                                            sliding_window=config.sliding_window)
             if last:  # nobody reads the other rows any more
                 attended, residual = attended.index_select(0, batch.logit_rows), residual.index_select(0, batch.logit_rows)
-            x = layer.o(attended.flatten(1).to(self.dtype))
-            x = ops.add_rmsnorm(x, residual, layer.mlp_norm, eps)
-            x = layer.down(ops.swiglu(layer.gate_up(x)))
-            x = ops.add_rmsnorm(x, residual, self.final_norm if last else self.layers[index + 1].attn_norm, eps)
+            x = self._add_and_norm(layer.o, attended.flatten(1).to(self.dtype), residual, layer.mlp_norm, ops)
+            next_norm = self.final_norm if last else self.layers[index + 1].attn_norm
+            x = self._add_and_norm(layer.down, ops.swiglu(layer.gate_up(x)), residual, next_norm, ops)
         return self.head(x).float()
+
+    def _add_and_norm(self, linear: Linear, x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor,
+                      ops: Ops) -> torch.Tensor:  # fmt: skip
+        """residual += linear(x), in place; the norm of it."""
+        if linear.accumulates:
+            linear.add_to(residual, x)
+            return ops.rmsnorm(residual, norm, self.config.rms_eps)
+        return ops.add_rmsnorm(linear(x), residual, norm, self.config.rms_eps)
 
     @property
     def nbytes(self) -> int:

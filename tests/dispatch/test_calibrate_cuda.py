@@ -37,7 +37,7 @@ def greedy(folder, requests, **config):
     for request in requests:
         engine.submit(request)
     assert done.wait(120), engine.failure
-    table, startup = engine.dispatch_table(), dict(engine.parts.startup)
+    table, startup = engine.dispatch_table(), engine.parts.startup.seconds()
     engine.shutdown()
     return tokens, logprobs, table, startup
 

@@ -113,6 +113,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert all(seq in scheduled or seq.total == seq.limit or seq.total - seq.computed > 1
                        or seq.reason.value == "no_pages" for seq in scheduler._running)
         self.device.launch(plan)
+        if plan.step % 3:
+            self.scheduler.launched(plan)
         self.flights.append(plan)
 
     @precondition(lambda self: self.device.queue)
@@ -139,7 +141,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.live.pop(seq.request_id) is seq
 
     @precondition(lambda self: self.live)
-    @rule(data=st.data(), reason=st.sampled_from(["abort", "stop"]))
+    @rule(data=st.data(), reason=st.sampled_from(["abort", "stop", "error"]))
     def finish(self, data, reason) -> None:
         name = data.draw(st.sampled_from(sorted(self.live)))
         seq = self.live.pop(name)

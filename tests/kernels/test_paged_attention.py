@@ -5,9 +5,11 @@ import torch
 
 from model_core.kernels.paged_attention import bytes_moved, flops, paged_attention
 from model_core.kernels.paged_attention_torch import paged_attention_torch
+from model_core.kernels.prompt_attention import streams
 from model_core.model.batch import Batch
 
 GPU = torch.cuda.is_available()
+HOPPER = GPU and torch.cuda.get_device_capability()[0] == 9
 
 # (query length, context length) per sequence, decodes first
 DECODES = [(1, 1), (1, 16), (1, 17), (1, 129), (1, 300)]
@@ -47,6 +49,16 @@ def build(lengths, heads, kv_heads, dim, dtype, device, page_size=16, head_major
     return batch, q, k_cache, v_cache, truth
 
 
+def chunk_of(batch, start, stop):
+    """Tokens [start, stop) of a batch of one prompt, as a batch."""
+    count, device = stop - start, batch.token_ids.device
+    return Batch(
+        token_ids=batch.token_ids[:count], positions=batch.positions[start:stop], slot_mapping=batch.slot_mapping[:count],
+        query_start=torch.tensor([0, count], dtype=torch.int32, device=device),
+        context_len=torch.tensor([stop], dtype=torch.int32, device=device), block_tables=batch.block_tables,
+        logit_rows=batch.logit_rows, query_lens=[count], context_lens=[stop], num_decodes=0)  # fmt: skip
+
+
 def exact(q, truth, lengths, scale, window):
     rows, out = 0, []
     for (queries, context), (k, v) in zip(lengths, truth, strict=True):
@@ -82,6 +94,34 @@ def test_page_sizes_and_layouts(device, close, page_size, head_major):
     close(out, exact(q, truth, lengths, 0.1, None), 40, 1.0)
 
 
+PROMPTS = [(5, 5), (33, 33), (7, 40), (16, 144), (257, 600), (128, 128), (127, 255), (300, 300), (2, 129)]
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs Hopper's TMA and wgmma")
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "page_size"),
+                         [(32, 4, 64, 16), (8, 8, 128, 16), (9, 3, 64, 256), (8, 2, 128, 8)])  # fmt: skip
+@pytest.mark.parametrize("window", [None, 50, 300])
+def test_streamed_prompts(close, heads, kv_heads, dim, page_size, window):
+    """What lies behind a sequence's end, in its last page and in others', is NaN."""
+    batch, q, k_cache, v_cache, truth = build(PROMPTS, heads, kv_heads, dim, torch.bfloat16, "cuda", page_size, head_major=True)
+    assert streams(q, k_cache, v_cache, 128)
+    found = [paged_attention(q, k_cache, v_cache, batch, scale=dim**-0.5, sliding_window=window, streamed=streamed)
+             for streamed in (True, False)]  # fmt: skip
+    for out in found:
+        close(out, exact(q, truth, PROMPTS, dim**-0.5, window), 4, 1.0)
+    assert not torch.equal(*found), "the same kernel twice"
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs Hopper's TMA and wgmma")
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 4, 64), (4, 4, 128)])
+def test_streamed_chunks_give_the_bits_of_the_whole(heads, kv_heads, dim):
+    batch, q, k_cache, v_cache, _ = build([(400, 400)], heads, kv_heads, dim, torch.bfloat16, "cuda", head_major=True)
+    whole = paged_attention(q, k_cache, v_cache, batch, scale=0.2)
+    for start, stop in ((0, 50), (50, 177), (177, 178), (178, 400)):
+        out = paged_attention(q[start:stop], k_cache, v_cache, chunk_of(batch, start, stop), scale=0.2)
+        assert torch.equal(out, whole[start:stop]), (start, stop)
+
+
 def test_a_row_does_not_depend_on_its_batch(device, dtype):
     """Bitwise: the split of a context depends on its own length alone."""
     lengths = [(1, 300), (1, 40), (1, 129)]
@@ -101,13 +141,7 @@ def test_chunks_give_the_bits_of_the_whole(device, dtype):
     batch, q, k_cache, v_cache, _ = build([(96, 96)], 4, 2, 32, dtype, device)
     whole = paged_attention(q, k_cache, v_cache, batch, scale=0.2)
     for start, stop in ((0, 50), (50, 96)):
-        count = stop - start
-        chunk = Batch(
-            token_ids=batch.token_ids[:count], positions=batch.positions[start:stop], slot_mapping=batch.slot_mapping[:count],
-            query_start=torch.tensor([0, count], dtype=torch.int32, device=device),
-            context_len=torch.tensor([stop], dtype=torch.int32, device=device), block_tables=batch.block_tables,
-            logit_rows=batch.logit_rows, query_lens=[count], context_lens=[stop], num_decodes=0)  # fmt: skip
-        out = paged_attention(q[start:stop], k_cache, v_cache, chunk, scale=0.2)
+        out = paged_attention(q[start:stop], k_cache, v_cache, chunk_of(batch, start, stop), scale=0.2)
         if GPU:
             assert torch.equal(out, whole[start:stop])
         else:
