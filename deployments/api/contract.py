@@ -180,10 +180,14 @@ def _as_parsed(schema: dict[str, Any]) -> None:
                 _as_parsed(part)
     required = schema.get("required", [])
     for name, field in schema.get("properties", {}).items():
-        if name not in required and "type" in field and "anyOf" not in field:
-            field["type"] = [field["type"], "null"]
-        elif name not in required and "anyOf" in field and {"type": "null"} not in field["anyOf"]:
+        if name in required:
+            continue
+        if "const" in field or "enum" in field:
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+        elif "anyOf" in field and {"type": "null"} not in field["anyOf"]:
             field["anyOf"] = [*field["anyOf"], {"type": "null"}]
+        elif "anyOf" not in field and "type" in field:
+            field["type"] = [field["type"], "null"]
 
 
 _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr, WithJsonSchema
+from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictStr, WithJsonSchema
 
 from deployments.protocol.anthropic_blocks import BLOCKS_SCHEMA, chat_messages, text_of
 from deployments.protocol.errors import bad_request
 from deployments.protocol.limits import Limits
 from deployments.protocol.requests import ChatRequest, Message, SamplingRequest, parse_fields
 from deployments.protocol.tools import MAX_TOOLS, Function, FunctionName, Tool, ToolChoice
-from deployments.protocol.values import Float, Int, as_stops
+from deployments.protocol.values import STOP_SCHEMA, Float, Int, Nested, as_stops
 
 Blocks = Annotated[Any, WithJsonSchema(BLOCKS_SCHEMA)]
 
 
-class AnthropicMessage(BaseModel):
+class AnthropicMessage(Nested):
     model_config = ConfigDict(extra="ignore")
 
     role: Literal["user", "assistant"]
     content: Blocks
 
 
-class AnthropicTool(BaseModel):
+class AnthropicTool(Nested):
     model_config = ConfigDict(extra="ignore")
 
     type: Literal["custom"] | None = "custom"
@@ -33,7 +33,7 @@ class AnthropicTool(BaseModel):
     strict: StrictBool | None = None
 
 
-class AnthropicChoice(BaseModel):
+class AnthropicChoice(Nested):
     """name: of the tool, with type `tool`."""
 
     model_config = ConfigDict(extra="ignore")
@@ -50,7 +50,7 @@ class AnthropicRequest(SamplingRequest):
     messages: Annotated[list[AnthropicMessage], Field(min_length=1, max_length=4096)]
     max_tokens: Annotated[Int, Field(ge=1)]
     system: Blocks = None
-    stop_sequences: Annotated[list[str], BeforeValidator(as_stops)] = []
+    stop_sequences: Annotated[list[str], BeforeValidator(as_stops), WithJsonSchema(STOP_SCHEMA)] = []
     temperature: Annotated[Float, Field(ge=0, le=1)] = 1.0
     tools: Annotated[list[AnthropicTool], Field(max_length=MAX_TOOLS)] = []
     tool_choice: AnthropicChoice = AnthropicChoice(type="auto")

@@ -17,20 +17,23 @@ from deployments.protocol.limits import Limits
 from deployments.protocol.tools import Choice, Tools
 from deployments.protocol.validation import translate
 from deployments.protocol.values import (
+    CONTENT_SCHEMA,
     INT64,
     PROMPT_SCHEMA,
     STOP_SCHEMA,
     Float,
     Int,
     LastTokens,
+    Nested,
     TokenId,
     as_bias,
     as_prompts,
     as_stops,
+    one_of_them,
 )
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Nested):
     include_usage: StrictBool = False
     continuous_usage_stats: StrictBool = False  # vLLM's: usage in every chunk
     include_obfuscation: StrictBool = False  # accepted; padding against traffic analysis is not sent
@@ -83,30 +86,32 @@ class GenerationRequest(SamplingRequest):
         return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
 
-class FunctionCall(BaseModel):
+class FunctionCall(Nested):
     name: StrictStr
     arguments: StrictStr = ""
 
 
-class ToolCall(BaseModel):
+class ToolCall(Nested):
     id: StrictStr
     type: Literal["function"] = "function"
     function: FunctionCall
 
 
-class Message(BaseModel):
+class Message(Nested):
     """One message of a conversation; `content` becomes plain text in protocol/messages.py."""
 
     model_config = ConfigDict(extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Any = None
+    content: Annotated[Any, WithJsonSchema(CONTENT_SCHEMA)] = None
     name: StrictStr | None = None
     tool_call_id: StrictStr | None = None
     tool_calls: list[ToolCall] | None = None
 
 
 class ChatRequest(GenerationRequest):
+    model_config = ConfigDict(json_schema_extra=one_of_them("messages", "prompt"))
+
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
     prompt: StrictStr | None = None  # the original specification's own example body: one user message
     max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
@@ -214,9 +219,6 @@ def parse_fields(model: Any, endpoint: Endpoint, body: dict[str, Any]) -> tuple[
         field = known.get(name)
         if field is not None and field.status == "refused" and present[name] not in field.harmless:
             raise unsupported(name, f"Unsupported parameter: '{name}' is not supported by this server. {field.note}")
-    options = present.get("stream_options")
-    if isinstance(options, dict):
-        present["stream_options"] = {key: value for key, value in options.items() if value is not None}
     try:
         return model.model_validate(present), unknown
     except ValidationError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr, WithJsonSchema
+from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictStr, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from deployments.protocol.errors import bad_request, unsupported
@@ -12,15 +12,15 @@ from deployments.protocol.limits import Limits
 from deployments.protocol.requests import ChatRequest, FunctionCall, Message, SamplingRequest, ToolCall, parse_fields
 from deployments.protocol.tools import MAX_TOOLS, FlatChoice, FlatTool, ToolChoice
 from deployments.protocol.validation import expected, json_type
-from deployments.protocol.values import Int
+from deployments.protocol.values import Int, Nested, part_schema
 
 _TEXT_PARTS = ("input_text", "output_text", "text", "refusal")
-_PARTS_SCHEMA = {"type": "array", "items": {"type": "object", "required": ["type"]}}
+_PARTS_SCHEMA = {"type": "array", "items": part_schema("input_text", "output_text", "text")}
 _TEXT_SCHEMA = {"anyOf": [{"type": "string"}, _PARTS_SCHEMA]}
 _STRING = {"type": "string"}
 _ITEM_SCHEMA = {"anyOf": [
     {"type": "object", "required": ["role", "content"],
-     "properties": {"type": {"const": "message"}, "role": {"enum": ["system", "developer", "user", "assistant"]},
+     "properties": {"type": {"enum": ["message", None]}, "role": {"enum": ["system", "developer", "user", "assistant"]},
                     "content": _TEXT_SCHEMA}},
     {"type": "object", "required": ["type", "call_id", "name", "arguments"],
      "properties": {"type": {"const": "function_call"}, "call_id": _STRING, "name": _STRING, "arguments": _STRING}},
@@ -32,7 +32,7 @@ _INPUT_SCHEMA = {
 }
 
 
-class InputItem(BaseModel):
+class InputItem(Nested):
     """A message of the conversation, a call of a function in it, or the result of one."""
 
     model_config = ConfigDict(extra="ignore")
@@ -50,7 +50,7 @@ _NEEDED = {"message": ("role", "content"), "function_call": ("call_id", "name", 
            "function_call_output": ("call_id", "output")}  # fmt: skip
 
 
-class Reasoning(BaseModel):
+class Reasoning(Nested):
     model_config = ConfigDict(extra="ignore")
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None

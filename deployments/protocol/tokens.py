@@ -9,13 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr
 from deployments.protocol.errors import bad_request
 from deployments.protocol.requests import Message, check_continued, parse_fields
 from deployments.protocol.tools import Tools
-from deployments.protocol.values import TokenId
+from deployments.protocol.values import TokenId, one_of_them
 
 
 class TokenizeRequest(BaseModel):
     """A text, or a conversation as the model's chat template writes it."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", json_schema_extra=one_of_them("prompt", "messages"))
 
     model: StrictStr = ""
     prompt: StrictStr | None = None

@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictStr, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from deployments.protocol.errors import bad_request
 from deployments.protocol.validation import expected
+from deployments.protocol.values import Nested
 
 MAX_TOOLS = 128
 FunctionName = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
 Mode = Literal["none", "auto", "required"]
 
 
-class Function(BaseModel):
+class Function(Nested):
     """A function that the model may ask the client to call; parameters: a JSON schema of the arguments."""
 
     model_config = ConfigDict(extra="ignore")
@@ -50,7 +51,7 @@ class FlatTool(Function):
         return Tool(type="function", function=self)
 
 
-class Tool(BaseModel):
+class Tool(Nested):
     model_config = ConfigDict(extra="ignore")
 
     type: Literal["function"]

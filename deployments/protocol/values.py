@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from deployments.protocol.validation import expected
@@ -13,7 +13,8 @@ INT64 = 2**63
 
 
 def _whole(value: Any) -> Any:
-    return int(value) if type(value) is float and value.is_integer() else value
+    # the JSON reader makes floats of integers beyond 64 bits: -2**63 - 1 would become -2**63
+    return int(value) if type(value) is float and value.is_integer() and value > -INT64 else value
 
 
 def as_stops(value: Any) -> Any:
@@ -74,6 +75,15 @@ def _not_zero(value: int) -> int:
     return value
 
 
+class Nested(BaseModel):
+    """An object inside a request: `null` means "default" in it, too."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
 Int = Annotated[int, BeforeValidator(_whole), Field(strict=True)]
 Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 TokenId = Annotated[Int, Field(ge=0)]
@@ -87,3 +97,18 @@ _IDS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "integer"}}
 PROMPT_SCHEMA = {"anyOf": [{"type": "string"}, _IDS_SCHEMA] + [
     {"type": "array", "minItems": 1, "maxItems": 1024, "items": items} for items in ({"type": "string"}, _IDS_SCHEMA)
 ]}  # fmt: skip
+
+
+def part_schema(*kinds: str) -> dict[str, Any]:
+    """Text parts of these types, or what an assistant once refused."""
+    forms = [({"enum": list(kinds)}, "text"), ({"const": "refusal"}, "refusal")]
+    return {"anyOf": [{"type": "object", "required": ["type", name], "properties": {"type": kind, name: {"type": "string"}}}
+                      for kind, name in forms]}  # fmt: skip
+
+
+CONTENT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": part_schema("text")}, {"type": "null"}]}
+
+
+def one_of_them(*names: str) -> dict[str, Any]:
+    """Of fields that may each be left out one is needed."""
+    return {"anyOf": [{"required": [name]} for name in names]}
