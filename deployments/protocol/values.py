@@ -13,8 +13,10 @@ INT64 = 2**63
 
 
 def _whole(value: Any) -> Any:
-    # the JSON reader makes floats of integers beyond 64 bits: -2**63 - 1 would become -2**63
-    return int(value) if type(value) is float and value.is_integer() and value > -INT64 else value
+    if type(value) is not float or not value.is_integer():
+        return value
+    # the JSON reader makes floats of integers beyond 64 bits, and -2**63 of the first of them
+    return int(value) if value != -INT64 else -INT64 - 1
 
 
 def as_stops(value: Any) -> Any:

@@ -3,6 +3,7 @@
 import pytest
 
 from deployments.protocol.anthropic_request import AnthropicRequest, parse_anthropic
+from deployments.protocol.body import parse_object
 from deployments.protocol.errors import ApiError
 from deployments.protocol.fields import BY_NAME, FIELDS
 from deployments.protocol.limits import Limits
@@ -58,3 +59,24 @@ def test_refused_and_ignored_fields(endpoint):
         assert field.note and field.note in error.message  # says what to do instead
         for value in (None, *field.harmless):
             parse({**base, field.name: value}, Limits())
+
+
+@pytest.mark.parametrize("text, ok", [
+    ("-9223372036854775808", True), ("-9223372036854775809", False), ("1e3", True),
+    ("9223372036854775807", True), ("9223372036854775808", False), ("-1e30", False),
+])  # fmt: skip
+def test_integers_are_exact(text, ok):
+    body = parse_object(b'{"prompt": "a", "seed": ' + text.encode() + b"}")
+    if ok:
+        assert parse_chat(body, Limits())[0].seed == int(float(text) if "e" in text else text)
+        return
+    with pytest.raises(ApiError) as caught:
+        parse_chat(body, Limits())
+    assert caught.value.param == "seed" and caught.value.code in ("integer_below_min_value", "integer_above_max_value")
+
+
+def test_null_is_the_default_inside_objects_too():
+    call = {"id": "a", "type": None, "function": {"name": "f", "arguments": None}}
+    messages = [{"role": "assistant", "content": "x", "name": None, "tool_calls": [call]}]
+    request, _ = parse_chat({"messages": messages, "stream": True, "stream_options": {"include_usage": None}}, Limits())
+    assert request.messages[0].tool_calls[0].function.arguments == "" and not request.include_usage

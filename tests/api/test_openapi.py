@@ -28,7 +28,7 @@ def document():
     found = openapi("test")
     for schema in found["components"]["schemas"].values():
         if "model" in schema.get("properties", {}):
-            schema["properties"]["model"] = {"enum": ["acme/tiny", None]}
+            schema["properties"]["model"] = {"enum": ["acme/tiny", "", None]}
     for operations in found["paths"].values():
         for operation in operations.values():
             content = operation["responses"]["200"].get("content", {})
