@@ -96,7 +96,9 @@ def openapi(version: str) -> dict[str, Any]:
     paths: dict[str, Any] = {}
     for path, post in _POSTS.items():
         paths[path] = {"post": _operation(path, post, {"$ref": _PREFIX + post.body.__name__}, answers)}
-    counted = {**schemas["AnthropicRequest"], "required": ["model", "messages"]}  # not what only an answer needs
+    counted = {**AnthropicRequest.model_json_schema(ref_template=_PREFIX + "{model}"), "required": ["model", "messages"]}
+    del counted["$defs"]  # they are there already; required: not what only an answer needs
+    _as_parsed(counted)
     count = Post(AnthropicRequest, "messages", "The tokens of a prompt of /v1/messages.", messages.TokenCount)
     paths[_COUNT] = {"post": _operation(_COUNT, count, counted, answers)}
     for path, get in _GETS.items():

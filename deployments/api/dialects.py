@@ -49,7 +49,9 @@ class DialectRoutes:
     async def count_tokens(self, request: Request) -> Response:
         """{input_tokens}: of the prompt that /v1/messages would make of the same body."""
         service = self._service
-        body = {**await read_body(service, request), "max_tokens": 1, "stream": False}
+        body = await read_body(service, request)
+        if body.get("max_tokens") is None:  # what only an answer needs
+            body["max_tokens"] = 1
         chat, _ = parse_anthropic(body, service.limits)
         with _renaming(_ANTHROPIC_NAMES):
             job = await chat_job(service, chat, request.scope["mini_llm.record"])

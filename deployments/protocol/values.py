@@ -40,19 +40,27 @@ def as_prompts(value: Any) -> Any:
         raise expected(words, value)
     if not value:
         raise PydanticCustomError("too_short", "", {"min_length": 1})
-    if all(type(item) is int for item in value):  # not bool
-        return [value]
-    for item in value:
+    if all(type(item) in (int, float) for item in value):  # not bool
+        return [_as_ids(value, words)]
+    for i, item in enumerate(value):
         if isinstance(item, list):
             if not item:
                 raise PydanticCustomError("too_short", "", {"min_length": 1})
-            if not all(type(token) is int for token in item):
-                raise expected(words, next(token for token in item if type(token) is not int))
+            value[i] = _as_ids(item, words)
         elif not isinstance(item, str):
             raise expected(words, item)
     if len({type(item) for item in value}) > 1:
         raise PydanticCustomError("mixed", "Expected an array of one kind, but got strings and token ids together")
     return value
+
+
+def _as_ids(items: list[Any], words: str) -> list[int]:
+    """Their range is checked when the vocabulary is known."""
+    ids = items if all(type(item) is int for item in items) else [_whole(item) for item in items]
+    for i in ids:
+        if type(i) is not int:
+            raise expected(words, i)
+    return ids
 
 
 def as_bias(value: Any) -> Any:
