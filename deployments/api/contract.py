@@ -184,7 +184,7 @@ def _as_parsed(schema: dict[str, Any]) -> None:
     for name, field in schema.get("properties", {}).items():
         if name in required:
             continue
-        if "const" in field or "enum" in field:
+        if "const" in field or "enum" in field or "$ref" in field:
             schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
         elif "anyOf" in field and {"type": "null"} not in field["anyOf"]:
             field["anyOf"] = [*field["anyOf"], {"type": "null"}]

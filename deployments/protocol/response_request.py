@@ -63,7 +63,7 @@ def _input(value: Any) -> Any:
         raise expected("one of a string or array of items", value)
     for item in value:
         kind = item.get("type") if isinstance(item, dict) else None
-        if kind is not None and kind not in _NEEDED:
+        if kind is not None and (not isinstance(kind, str) or kind not in _NEEDED):
             words = ("Expected items of type 'message', 'function_call' or 'function_call_output', but got '{kind}': "
                      "hosted tools and stored items are not supported")  # fmt: skip
             raise PydanticCustomError("item_type", words, {"kind": str(kind)[:40]})

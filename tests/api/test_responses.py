@@ -149,3 +149,9 @@ def test_the_clients_exceptions(server):
         server.client().responses.create(model="acme/tiny", input="hi", previous_response_id="resp_1")
     with pytest.raises(openai.NotFoundError):
         server.client().responses.retrieve("resp_1")
+
+
+@pytest.mark.parametrize("kind", [[], {}, 1, True, "item_reference"], ids=str)
+def test_items_of_no_type(server, kind):
+    status, _, answer = server.raw("POST", "/v1/responses", {"input": [{"type": kind, "role": "user", "content": "a"}]})
+    assert status == 400 and json.loads(answer)["error"]["param"].startswith("input")
