@@ -10,7 +10,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import count
 from typing import Protocol
 
 import torch
@@ -29,7 +28,6 @@ from model_core.model.decode import DecodeChain
 from model_core.model.kv import KVCache
 from model_core.model.llama import Llama
 
-_CUT = 3  # the layer that a prefill's second graph begins with: handing over 22 layers takes longer than computing one
 PREFILL_SEQS = 64  # sequences of one prefill graph, unless decodes are computed by it too
 
 
@@ -44,17 +42,6 @@ class Eager:
     replay: Callable[[], None]
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """Graphs that are replayed one after the other."""
-
-    graphs: list[torch.cuda.CUDAGraph]
-
-    def replay(self) -> None:
-        for graph in self.graphs:
-            graph.replay()
-
-
 class GraphPool:
     """Captures share one memory pool: only one graph runs at a time, and nothing in it outlives its replay."""
 
@@ -64,40 +51,21 @@ class GraphPool:
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream()
 
-    def capture(self, work: Callable[[Callable[[], None]], None], shared: int = DRIVERS_CHOICE) -> Replay:
-        """`work` as a graph. It runs once before: what it compiles and allocates for good is then there. It is given a function
-        that ends a graph and begins another one: the device begins with a graph when all of it was handed over, so long work
-        had better begin with a small piece. shared: see kernels/decode/partition.py."""
+    def capture(self, work: Callable[[], None], shared: int = DRIVERS_CHOICE) -> Replay:
+        """`work` as a graph. It runs once before: what it compiles and allocates for good is then there. shared: see
+        kernels/decode/partition.py."""
         if not self._cuda:
-            return Eager(lambda: work(_no_cut))
+            return Eager(work)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            work(_no_cut)
+            work()
         torch.cuda.current_stream().wait_stream(self._stream)
-        pieces: list[torch.cuda.CUDAGraph] = []
-
-        def begin() -> None:
-            pieces.append(torch.cuda.CUDAGraph())
-            # thread_local: other threads of the process (transport, metrics) may call CUDA meanwhile
-            pieces[-1].capture_begin(pool=self._pool, capture_error_mode="thread_local")
-
-        def cut() -> None:
-            pieces[-1].capture_end()
-            begin()
-
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # the pool takes what it needs for good
-        with prefer_shared(shared), torch.cuda.stream(self._stream):
-            begin()
-            try:
-                work(cut)
-            finally:
-                pieces[-1].capture_end()
-        return pieces[0] if len(pieces) == 1 else Pieces(pieces)
-
-
-def _no_cut() -> None:
-    pass
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads of the process (transport, metrics) may call CUDA meanwhile
+        with (prefer_shared(shared),
+              torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")):  # fmt: skip
+            work()
+        return graph
 
 
 def row_buckets(most: int) -> list[int]:
@@ -141,7 +109,7 @@ class DecodeGraphs:
         if key not in self._graphs:
             slots = self.rows[:rows].clone()
             self.rows[:rows] = self.chain.state.dump  # the run before the capture must not advance anybody
-            self._graphs[key] = self.pool.capture(lambda cut: self.compute(rows, longest), self.tiles[rows].shared)
+            self._graphs[key] = self.pool.capture(lambda: self.compute(rows, longest), self.tiles[rows].shared)
             self.rows[:rows] = slots
         return self._graphs[key]
 
@@ -214,12 +182,11 @@ class PrefillGraphs:
             self._graphs[tokens] = PrefillGraph(tokens, seqs, packed, self.logits[:seqs], self.out[:seqs])
         found = self._graphs[tokens]
         if capture and found.graph is None:
-            found.graph = self.pool.capture(lambda cut: self.compute(found, cut))
+            found.graph = self.pool.capture(lambda: self.compute(found))
         return found
 
-    def compute(self, bucket: PrefillGraph, cut: Callable[[], None] = _no_cut) -> None:
-        """The same without a graph: the twin for debugging and for compiling. cut: called behind the first layers."""
-        layer = count(1)
+    def compute(self, bucket: PrefillGraph) -> None:
+        """The same without a graph: the twin for debugging and for compiling."""
         d, state = bucket.packed.device, self.state
         slots = d["slots"]
         # Slots begin here, and are placed at the last token of this chunk: the sampler advances those that sample.
@@ -232,7 +199,6 @@ class PrefillGraphs:
             token_ids=ids, positions=d["positions"], slot_mapping=d["slot_mapping"], query_start=d["query_start"],
             context_len=d["context_len"], block_tables=state.block_tables.index_select(0, slots), logit_rows=d["logit_rows"],
             query_lens=[], context_lens=[], num_decodes=0, blocks=d["blocks"].view(-1, 2))  # fmt: skip
-        logits = self.model.forward(batch, self.kv, self.ops, proceed=lambda: cut() if next(layer) == _CUT else None)
-        bucket.logits.copy_(logits)
+        bucket.logits.copy_(self.model.forward(batch, self.kv, self.ops))
         restrict(bucket.logits, d["sample_slots"], state, self.samples, pdl=False)
         sample(bucket.logits, d["sample_slots"], state, bucket.out, self.samples, pdl=False)
