@@ -135,6 +135,8 @@ class Answer:
 
 
 class WholeAnswer(Answer):
+    _prompts: list[dict[str, Any]]  # per prompt, see Job.prompt_json
+
     async def _produce(self, scope: Scope, send: Send) -> None:
         job = self._job
         pieces: list[list[Piece]] = [[] for _ in job.choices]
@@ -149,6 +151,7 @@ class WholeAnswer(Answer):
                 entries[choice.index].extend(choice.take_entries())
 
         await run_job(self._service, job, collect)
+        self._prompts = [await job.prompt_json(self._service, choice) for choice in job.choices[:: job.request.n]]
         self._count()
         self._blocked_since = time.perf_counter()
         await Json(self._body([joined(parts) for parts in pieces], entries))(scope, _no_receive, send)
@@ -161,6 +164,9 @@ class WholeAnswer(Answer):
             blocks = outputs[choice.index]
             writer = job.logprobs(self._service, choice)
             logprobs = None if writer is None else writer.json(entries[choice.index], job.max_logprobs)
+            prompt = self._prompts[choice.index // job.request.n]
+            if logprobs is not None and "logprobs" in prompt:
+                logprobs = {key: [*prompt["logprobs"][key], *values] for key, values in logprobs.items()}
             if job.is_chat:
                 choices.append(chat_choice(choice.index, blocks, logprobs, choice.reason, choice.stop_reason))
             else:
@@ -170,9 +176,13 @@ class WholeAnswer(Answer):
                 choices[-1]["token_ids"] = choice.ids
                 if not job.is_chat:
                     choices[-1]["prompt_token_ids"] = choice.request.prompt_ids
+            if not job.is_chat and "prompt_logprobs" in prompt:
+                choices[-1]["prompt_logprobs"] = prompt["prompt_logprobs"]
         body = whole(job.head, choices, job.usage())
         if job.request.return_token_ids and job.is_chat:
             body["prompt_token_ids"] = job.prompts[0]
+        if job.is_chat and "prompt_logprobs" in self._prompts[0]:
+            body["prompt_logprobs"] = self._prompts[0]["prompt_logprobs"]
         if job.request.timings:
             body["timings"] = timings(job)
         return body
@@ -182,6 +192,7 @@ class StreamedAnswer(Answer):
     """The 200 is held back until the first tokens (or the first heartbeat), so that earlier errors are plain JSON."""
 
     _sse: SseWriter | None = None
+    _prompts: list[dict[str, Any]]  # per choice, filled for its first event: see Job.prompt_json
 
     def blocked_since(self) -> float | None:
         return None if self._sse is None else self._sse.blocked_since
@@ -189,6 +200,7 @@ class StreamedAnswer(Answer):
     async def _produce(self, scope: Scope, send: Send) -> None:
         job, service = self._job, self._service
         request = job.request
+        self._prompts = [{} for _ in job.choices]
         lines = self._lines()
         logprobs = [job.logprobs(service, choice) for choice in job.choices]
         is_open = [False] * len(job.choices)
@@ -199,6 +211,7 @@ class StreamedAnswer(Answer):
             line = lines[i]
             if not is_open[i]:
                 is_open[i] = True
+                self._prompts[i].update(await job.prompt_json(service, choice))
                 sse.add(line.open())
             shown = None
             writer = logprobs[i]
@@ -242,6 +255,7 @@ class StreamedAnswer(Answer):
                 head, choice.index, include_usage=request.include_usage,
                 echo=None if job.echoes is None else job.echoes[choice.index // request.n],
                 prompt_ids=choice.request.prompt_ids if request.return_token_ids else None, ids=choice.ids,
+                prompt=self._prompts[choice.index],
             ))  # fmt: skip
         return lines
 

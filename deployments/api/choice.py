@@ -12,7 +12,7 @@ from deployments.api.metrics import Metrics
 from deployments.protocol.errors import internal_error
 from deployments.protocol.responses import Entry
 from deployments.tools.pieces import Piece
-from model_core.engine.request import Request, TokenEvent
+from model_core.engine.request import PromptLogprobs, Request, TokenEvent
 
 log = logging.getLogger("mini_llm.api")
 
@@ -51,6 +51,7 @@ class Choice:
         "ids",
         "index",
         "last_token_at",
+        "prompt",
         "request",
         "sent_at",
         "started_at",
@@ -75,6 +76,7 @@ class Choice:
         self.request = request
         self.tokens = 0  # generated so far, also those that are never shown
         self.ids: list[int] | None = None  # they themselves, where somebody made it a list
+        self.prompt: list[PromptLogprobs] = []  # log-probabilities of its tokens but the first
         self.cached_tokens = 0
         self.finish: str | None = None
         self.stop_reason: str | int | None = None
@@ -100,6 +102,8 @@ class Choice:
         ids = event.token_ids
         if event.cached_tokens:
             self.cached_tokens = event.cached_tokens
+        if event.prompt is not None:
+            self.prompt.append(event.prompt)
         if event.waits is not None:
             self.waits = event.waits
             self._metrics.queue_time.observe(event.waits[0])

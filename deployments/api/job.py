@@ -14,11 +14,13 @@ from deployments.api.record import Record
 from deployments.api.service import Service
 from deployments.protocol.errors import ApiError, bad_request, context_too_long, unsupported
 from deployments.protocol.messages import for_template
+from deployments.protocol.prompt_logprobs import echo_json, prompt_json
 from deployments.protocol.requests import ChatRequest, CompletionRequest, GenerationRequest
 from deployments.protocol.responses import ChatLogprobs, Head, TextLogprobs, Usage
 from deployments.protocol.tools import Toolbox, toolbox
 from deployments.protocol.values import INT64
 from model_core.engine.request import EngineInfo, Request, SamplingParams
+from model_core.engine.validate import MAX_PROMPT_LOGPROBS
 from model_core.errors import RequestError
 from model_core.tokenizer.detokenizer import Detokenizer
 
@@ -52,7 +54,27 @@ class Job:
         """A new writer of `choice`'s log-probabilities, None if they were not asked for."""
         if self.max_logprobs < 0:
             return None
-        return ChatLogprobs(service.tokenizer) if self.is_chat else TextLogprobs(service.tokenizer)
+        if self.is_chat:
+            return ChatLogprobs(service.tokenizer)
+        return TextLogprobs(service.tokenizer, 0 if self.echoes is None else len(self.echoes[choice.index // self.request.n]))
+
+    async def prompt_json(self, service: Service, choice: Choice) -> dict[str, Any]:
+        """What was asked for of these, once the prompt's log-probabilities are there: `logprobs` of an echoed prompt, and
+        `prompt_logprobs`; of a chat, once."""
+        request, names = self.request, service.tokenizer
+        first = choice.index // request.n
+        ids, parts = self.prompts[first], self.choices[first * request.n].prompt
+        found: dict[str, Any] = {}
+
+        def write() -> None:
+            if request.prompt_logprobs is not None:
+                found["prompt_logprobs"] = prompt_json(names, ids, parts, request.prompt_logprobs)
+            if self.echoes is not None and self.max_logprobs >= 0:
+                found["logprobs"] = echo_json(names, ids, parts, self.max_logprobs, self.echoes[first])
+
+        if request.scored_logprobs is not None and not (self.is_chat and choice.index):
+            await service.text_work(len(ids) * (request.scored_logprobs + 1), write)
+        return found
 
 
 async def chat_job(service: Service, request: ChatRequest, record: Record) -> Job:
@@ -99,8 +121,8 @@ async def completion_job(service: Service, request: CompletionRequest, record: R
         for prompt in request.prompt:
             ids = await _encode_prompt(service, info, prompt, request, request.add_special_tokens)
             prompts.append(_last(info, ids, request))
-            if request.max_tokens:
-                _check_room(info, prompts[-1], "prompt")
+            if request.max_tokens or request.scored_logprobs is not None:
+                _check_room(info, prompts[-1], "prompt", 1 if request.max_tokens else 0)
     except RequestError as error:
         raise refused(error) from None
     echoes = None
@@ -122,6 +144,7 @@ def _job(
 ) -> Job:
     check_ids(info, request.stop_token_ids, "stop_token_ids")
     check_ids(info, list(request.logit_bias), "logit_bias")
+    _check_scored(request, sum(map(len, prompts)))
     is_chat = isinstance(request, ChatRequest)
     key = uuid.uuid4().hex  # the engine's name for it; a client's need not be unique
     head = Head(
@@ -227,6 +250,7 @@ def _params(info: EngineInfo, request: ChatRequest | CompletionRequest, prompt_t
         logit_bias=request.logit_bias,
         seed=request.seed,
         logprobs=request.asked_logprobs,
+        prompt_logprobs=request.scored_logprobs,
         stop_ids=tuple(request.stop_token_ids),
         ignore_eos=request.ignore_eos,
         min_tokens=request.min_tokens,
@@ -234,7 +258,10 @@ def _params(info: EngineInfo, request: ChatRequest | CompletionRequest, prompt_t
 
 
 def _seeded(params: SamplingParams, k: int) -> SamplingParams:
-    """The k-th choice's parameters: seed + k, wrapped into int64, so that choices differ and each can be repeated."""
+    """The k-th choice's parameters: seed + k, wrapped into int64, so that choices differ and each can be repeated. Of a
+    prompt's choices only the first one scores it."""
+    if k and params.prompt_logprobs is not None:
+        params = replace(params, prompt_logprobs=None)
     if params.seed is None or k == 0:
         return params
     return replace(params, seed=(params.seed + k + INT64) % (2 * INT64) - INT64)
@@ -288,10 +315,22 @@ def _last(info: EngineInfo, ids: list[int], request: ChatRequest | CompletionReq
     return ids[-wanted:]
 
 
-def _check_room(info: EngineInfo, ids: list[int], noun: str) -> None:
+def _check_room(info: EngineInfo, ids: list[int], noun: str, least: int = 1) -> None:
     limit = min(info.context_length, info.pool_tokens)
-    if len(ids) >= limit:
+    if len(ids) + least > limit:
         raise context_too_long(limit, len(ids), noun=noun)
+
+
+def _check_scored(request: ChatRequest | CompletionRequest, tokens: int) -> None:
+    """tokens: of all prompts."""
+    asked = request.scored_logprobs
+    if asked is not None and tokens * (asked + 1) > MAX_PROMPT_LOGPROBS:
+        name = "prompt_logprobs" if asked == request.prompt_logprobs else "logprobs"
+        raise bad_request(
+            f"Log-probabilities of {tokens} prompt tokens with {asked} alternatives each are {tokens * (asked + 1)} values, "
+            f"and an answer holds {MAX_PROMPT_LOGPROBS}. Lower '{name}', or send fewer or shorter prompts.",
+            param=name,
+        )
 
 
 def check_ids(info: EngineInfo, ids: list[int], param: str) -> None:

@@ -27,11 +27,7 @@ async def run_job(service: Service, job: Job, sink: Sink) -> None:
 
     Raises ApiError. When it ends, in whatever way, no sequence of the job is left in an engine.
     """
-    if job.choices[0].request.params.max_tokens == 0:  # echo alone
-        for choice in job.choices:
-            choice.finish = "length"
-            await sink(choice, "")
-    elif len(job.choices) == 1:
+    if len(job.choices) == 1:
         await _run(service.transport, job.choices[0], sink)
     else:
         tasks = [asyncio.ensure_future(work) for work in _led(service.transport, job, sink)]
@@ -45,11 +41,11 @@ async def run_job(service: Service, job: Job, sink: Sink) -> None:
 
 def _led(transport: Transport, job: Job, sink: Sink) -> Iterator[Coroutine[Any, Any, None]]:
     """A coroutine per choice. Of the choices of a long prompt the first computes it; the others start with its first
-    token, when the prompt's pages are in the prefix cache, and share them.
+    token, when the prompt's pages are in the prefix cache, and share them. So they do with log-probabilities of a prompt.
     """
     for first in range(0, len(job.choices), job.request.n):
         leader, *others = job.choices[first : first + job.request.n]
-        if len(leader.request.prompt_ids) < SHARED_PROMPT:
+        if len(leader.request.prompt_ids) < SHARED_PROMPT and leader.request.params.prompt_logprobs is None:
             yield from (_run(transport, choice, sink) for choice in (leader, *others))
             continue
         computed = asyncio.Event()
@@ -71,6 +67,11 @@ async def _after(event: asyncio.Event, transport: Transport, choice: Choice, sin
 
 
 async def _run(transport: Transport, choice: Choice, sink: Sink) -> None:
+    params = choice.request.params
+    if params.max_tokens == 0 and params.prompt_logprobs is None:  # echo alone
+        choice.finish = "length"
+        await sink(choice, "")
+        return
     choice.sent_at = time.perf_counter()
     stream = transport.generate(choice.request)
     try:
@@ -80,7 +81,8 @@ async def _run(transport: Transport, choice: Choice, sink: Sink) -> None:
                 text += choice.feed(event)
                 if choice.finish is not None:
                     break
-            await sink(choice, text)
+            if choice.tokens or choice.finish is not None:  # else only more of the prompt's log-probabilities came
+                await sink(choice, text)
             if choice.finish is not None:
                 return
         log.error("token stream of %s ended without a finish", choice.request.request_id)

@@ -45,6 +45,7 @@ class ChoiceEvents:
     include_usage: put `"usage": null` (or, if given, the usage so far) into each chunk.
     echo: text that comes before the choice's own.
     prompt_ids: go out with the first chunk; ids: a list that fills as tokens are made, emptied into each chunk.
+    prompt: the same of what open() finds in it: `prompt_logprobs`, and `logprobs` of the echo.
     """
 
     def __init__(
@@ -56,8 +57,10 @@ class ChoiceEvents:
         echo: str | None = None,
         prompt_ids: list[int] | None = None,
         ids: list[int] | None = None,
+        prompt: dict[str, Any] | None = None,
     ) -> None:
         self._echo = echo
+        self._prompt = {} if prompt is None else prompt
         self._prompt_ids = prompt_ids
         self._ids = ids
         self._prefix = b"data: " + orjson.dumps(head.json())[:-1] + b',"choices":[{"index":%d,' % index
@@ -104,6 +107,13 @@ class ChoiceEvents:
         )
         return self._prefix + self._empty + reasons + self._end(usage)
 
+    def _of_the_prompt(self) -> bytes:
+        """Fields that were asked for."""
+        found = b"" if self._prompt_ids is None else b',"prompt_token_ids":' + orjson.dumps(self._prompt_ids)
+        if "prompt_logprobs" in self._prompt:
+            found += b',"prompt_logprobs":' + orjson.dumps(self._prompt.pop("prompt_logprobs"))
+        return found
+
     def _taken(self) -> bytes:
         """The ids since the last chunk, as a field of the choice."""
         if self._ids is None:
@@ -141,9 +151,7 @@ class ChatEvents(ChoiceEvents):
     def open(self) -> bytes:
         """The first chunk of a chat choice: its role, once."""
         delta = b'"delta":{"role":"assistant","content":' + self._content + b'},"logprobs":null,"finish_reason":null}]'
-        if self._prompt_ids is not None:  # of the whole answer, as vLLM has it: all choices have one prompt
-            delta += b',"prompt_token_ids":' + orjson.dumps(self._prompt_ids)
-        return self._prefix + delta + self._null_end
+        return self._prefix + delta + self._of_the_prompt() + self._null_end  # of the answer, as vLLM has it: it has one prompt
 
 
 class TextEvents(ChoiceEvents):
@@ -153,12 +161,12 @@ class TextEvents(ChoiceEvents):
 
     def open(self) -> bytes:
         """A chunk with the prompt, if it was asked for in one of both forms."""
-        if self._echo is None and self._prompt_ids is None:
+        fields = self._of_the_prompt()
+        if self._echo is None and not fields:
             return b""
-        text = orjson.dumps(self._echo or "") + b',"logprobs":null,"finish_reason":null'
-        if self._prompt_ids is not None:
-            text += b',"prompt_token_ids":' + orjson.dumps(self._prompt_ids)
-        return self._prefix + self._text_open + text + b"}]" + self._null_end
+        logprobs = orjson.dumps(self._prompt.pop("logprobs", None))
+        text = orjson.dumps(self._echo or "") + b',"logprobs":' + logprobs + b',"finish_reason":null'
+        return self._prefix + self._text_open + text + fields + b"}]" + self._null_end
 
 
 def last_event(head: Head, usage: Usage | None, timings: dict[str, Any] | None) -> bytes:

@@ -45,7 +45,6 @@ def _ignored(names: str, endpoints: tuple[Endpoint, ...] = BOTH, note: str = "")
 
 _GRAMMARS = "Constrained output comes with the structured-output release; until then ask in the prompt."
 _HOSTED = "This server runs no tools itself; describe functions in tools, and run them in the client."
-_LATER = "It comes with a later release of this server."
 _MEMORY = "Answers are not stored here: send the whole conversation as input."
 _NEVER = "This server serves text models only."
 
@@ -63,7 +62,8 @@ FIELDS: tuple[Field, ...] = (
     *_served("seed presence_penalty frequency_penalty logit_bias", ALL),
     *_served("max_completion_tokens", CHAT, "wins over max_tokens"),
     *_served("top_logprobs", CHAT),
-    *_served("echo", TEXT, "without logprobs"),
+    *_served("echo", TEXT, "with logprobs the prompt is scored: null for its first token; max_tokens may be 0"),
+    *_served("prompt_logprobs", note="vLLM's: so many alternatives of each prompt token; streamed once, with the first chunk"),
     *_served("best_of", TEXT, "only equal to n"),
     *_served("top_k min_p repetition_penalty stop_token_ids min_tokens ignore_eos", ALL, "vLLM's"),
     *_served("include_stop_str_in_output skip_special_tokens priority", ALL, "vLLM's"),
@@ -112,7 +112,6 @@ FIELDS: tuple[Field, ...] = (
     Field("moderation", "refused", BOTH + RESPONSES, "This server does not moderate."),
     Field("suffix", "refused", TEXT, "Only models trained to fill in the middle support it.", ("",)),
     Field("chat_template", "refused", CHAT + TOKENIZE, "Templates of clients are not run; the model's own template is used."),
-    Field("prompt_logprobs", "refused", BOTH, _LATER),
     Field("add_special_tokens", "refused", CHAT, "The chat template writes them where they belong.", (False,)),
     Field("allowed_token_ids", "refused", ALL, "Use logit_bias.", ([],)),
     Field("bad_words", "refused", ALL, "Use logit_bias with -100 for single tokens.", ([],)),

@@ -28,7 +28,9 @@ class Limits(BaseModel):
     )
     max_stop_strings: int = Field(default=4, ge=0, description="Longest `stop` array; some editors send more than 4.")
     max_n: int = Field(default=8, ge=1, le=128, description="Largest `n`.")
-    max_logprobs: int = Field(default=20, ge=0, le=100, description="Largest `top_logprobs` (chat), `logprobs` (text).")
+    max_logprobs: int = Field(
+        default=20, ge=0, le=100, description="Largest `top_logprobs` (chat), `logprobs` (text) and `prompt_logprobs`."
+    )
     heartbeat_s: float = Field(
         default=15.0, ge=0, description="Seconds without an event after which a stream gets a comment line; 0: never."
     )

@@ -75,6 +75,7 @@ class GenerationRequest(SamplingRequest):
     stream_options: StreamOptions | None = None
     request_id: Annotated[StrictStr, Field(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None
     return_token_ids: StrictBool = False
+    prompt_logprobs: Annotated[Int, Field(ge=0)] | None = None
     timings: StrictBool = False
 
     @property
@@ -138,6 +139,11 @@ class ChatRequest(GenerationRequest):
         """As SamplingParams.logprobs: None for none, else how many alternatives."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    @property
+    def scored_logprobs(self) -> int | None:
+        """The same of prompt tokens."""
+        return self.prompt_logprobs
+
 
 class CompletionRequest(GenerationRequest):
     prompt: Annotated[list[Any], BeforeValidator(as_prompts), Field(max_length=1024), WithJsonSchema(PROMPT_SCHEMA)]
@@ -154,6 +160,11 @@ class CompletionRequest(GenerationRequest):
     @property
     def asked_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def scored_logprobs(self) -> int | None:
+        echoed = self.logprobs if self.echo else None
+        return max((one for one in (echoed, self.prompt_logprobs) if one is not None), default=None)
 
 
 def parse_chat(body: dict[str, Any], limits: Limits) -> tuple[ChatRequest, list[str]]:
@@ -197,8 +208,6 @@ def parse_completion(body: dict[str, Any], limits: Limits) -> tuple[CompletionRe
     request, unknown = parse_fields(CompletionRequest, "completions", body)
     if request.best_of is not None and request.best_of != request.n:
         raise unsupported("best_of", "'best_of' is only supported equal to 'n'. Ask for n and choose in the client.")
-    if request.echo and request.logprobs is not None:
-        raise unsupported("echo", "'echo' together with 'logprobs' (scoring of the prompt) comes with a later release.")
     if request.max_tokens == 0 and not request.echo:
         raise bad_request(
             "Invalid 'max_tokens': integer below minimum value. Expected a value >= 1 (0 only with 'echo'), "
@@ -228,8 +237,9 @@ def parse_fields(model: Any, endpoint: Endpoint, body: dict[str, Any]) -> tuple[
 def _check_limits(request: GenerationRequest, limits: Limits, logprobs: int | None, logprobs_name: str) -> None:
     if request.n > limits.max_n:
         raise _above("n", limits.max_n, request.n)
-    if logprobs is not None and logprobs > limits.max_logprobs:
-        raise _above(logprobs_name, limits.max_logprobs, logprobs)
+    for name, value in ((logprobs_name, logprobs), ("prompt_logprobs", request.prompt_logprobs)):
+        if value is not None and value > limits.max_logprobs:
+            raise _above(name, limits.max_logprobs, value)
     if len(request.stop) > limits.max_stop_strings:
         raise bad_request(
             f"Invalid 'stop': array too long. Expected an array with maximum length {limits.max_stop_strings}, "

@@ -80,16 +80,22 @@ class TextLogprobs:
             tokens.append(self._names.token_text(entry.token_id))
             offsets.append(self._offset)
             self._offset += len(self._decoder.decode(self._names.token_bytes(entry.token_id)))
-            # the chosen token is always among them, also for logprobs=0: lm-eval compares it with the best
-            best = {self._names.token_text(i): max(value, MIN_LOGPROB) for i, value in entry.logprobs.top[:top]}
-            best.setdefault(tokens[-1], max(entry.logprobs.logprob, MIN_LOGPROB))
-            tops.append(best)
+            tops.append(top_json(self._names, entry.token_id, entry.logprobs.logprob, entry.logprobs.top[:top]))
         return {
             "tokens": tokens,
             "token_logprobs": [max(entry.logprobs.logprob, MIN_LOGPROB) for entry in entries],
             "top_logprobs": tops,
             "text_offset": offsets,
         }
+
+
+def top_json(names: TokenNames, token_id: int, logprob: float, best: Sequence[tuple[int, float]]) -> dict[str, float]:
+    """{text: log-probability} of the best tokens and, always, the token itself: lm-eval compares it with the best. Of
+    tokens with the same text the best one counts."""
+    found: dict[str, float] = {}
+    for other, value in (*best, (token_id, logprob)):
+        found.setdefault(names.token_text(other), max(value, MIN_LOGPROB))
+    return found
 
 
 class Head(NamedTuple):

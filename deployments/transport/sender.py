@@ -16,6 +16,7 @@ from model_core.engine.request import TokenEvent
 log = logging.getLogger("mini_llm.transport")
 
 MAX_UNREAD = 1 << 20  # bytes; about 80,000 tokens that an Api replica has not read: it hangs or is drowning
+# (log-probabilities of prompts are not counted: a single step may bring more of them)
 CONNECT_TIMEOUT_S = 5.0
 
 
@@ -36,6 +37,7 @@ class Link(asyncio.Protocol):
         self._on_lost = on_lost
         self._max_unread = max_unread
         self._events: list[list[Any]] = []
+        self._uncounted = 0  # bytes of prompt log-probabilities that may be unread
         self._transport: asyncio.Transport | None = None
         self._reason: str | None = None
 
@@ -51,8 +53,15 @@ class Link(asyncio.Protocol):
         return self._transport is not None
 
     def add(self, rid: int, event: TokenEvent) -> None:
-        """Put an event of request `rid` into the frame that the next flush() sends."""
+        """Put an event of request `rid` into the frame that the next flush() sends; log-probabilities of a prompt are one of
+        their own, which always keeps it below MAX_FRAME (see engine/validate.py)."""
+        if event.prompt is None:
+            self._events.append(encode_event(rid, event))
+            return
+        self.flush()
         self._events.append(encode_event(rid, event))
+        self._uncounted += 8 * (len(event.prompt.own) + len(event.prompt.top_ids))
+        self.flush()
 
     def flush(self) -> None:
         """Send what was added as one frame. Never blocks: a peer that does not read is dropped."""
@@ -65,7 +74,8 @@ class Link(asyncio.Protocol):
             return self._abort(str(error))
         self.frames += 1
         unread = self._transport.get_write_buffer_size()
-        if unread > self._max_unread:
+        self._uncounted = min(self._uncounted, unread)
+        if unread - self._uncounted > self._max_unread:
             self._abort(f"the Api replica has left {unread} bytes of tokens unread")
 
     def close(self) -> None:

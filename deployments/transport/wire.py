@@ -3,9 +3,11 @@
 A frame is a 4-byte little-endian length and that many bytes of msgpack. The first frame of a connection is the hello
 [MAGIC, secret]; every later one is [seq, [event, ...]] with seq = 0, 1, 2, ... and
 
-    event = [rid, token_ids, finish, extra]     extra = None or [logprobs, error, cached_tokens, waits]
+    event = [rid, token_ids, finish, extra]     extra = None or [logprobs, error, cached_tokens, waits, prompt]
+    prompt = None or [count, own, ranks, top_ids, top_logprobs]: little-endian float32 and int32 as bytes
 
-One frame carries all events that one engine step made for one Api replica. msgpack, because a socket that reads pickle
+One frame carries all events that one engine step made for one Api replica, but for those with `prompt`, which have one each.
+msgpack, because a socket that reads pickle
 runs whatever a stranger sends to it; bounded, because a length is the first thing a stranger would lie about.
 """
 
@@ -14,20 +16,23 @@ from __future__ import annotations
 import asyncio
 import hmac
 import struct
+import sys
+from array import array
 from collections.abc import Callable
 from typing import Any, cast
 
 import msgpack
 
-from model_core.engine.request import TokenEvent, TokenLogprobs
+from model_core.engine.request import PromptLogprobs, TokenEvent, TokenLogprobs
 from model_core.errors import MiniLLMError
 
-MAGIC = "mini-llm-tokens/2"
+MAGIC = "mini-llm-tokens/3"
 MAX_HELLO = 256
 MAX_FRAME = 8 << 20  # 512 sequences with 100 alternatives each are 0.8 MB
 FINISHES = frozenset({None, "stop", "length", "abort", "error"})
 
 _length = struct.Struct("<I")
+_SWAPPED = sys.byteorder == "big"
 _pack = msgpack.Packer(use_bin_type=True).pack  # reused: a new Packer per frame costs 1.5 us more
 
 
@@ -45,10 +50,10 @@ def pack_frame(content: Any) -> bytes:
 
 def encode_event(rid: int, event: TokenEvent) -> list[Any]:
     """msgpack-ready form of an event under the number `rid` that the Api replica gave its request."""
-    _, ids, finish, logprobs, error, cached, waits = event
-    if logprobs is None and error is None and waits is None and not cached:
+    _, ids, finish, logprobs, error, cached, waits, prompt = event
+    if logprobs is None and error is None and waits is None and prompt is None and not cached:
         return [rid, ids, finish, None]
-    return [rid, ids, finish, [logprobs, error, cached, waits]]
+    return [rid, ids, finish, [logprobs, error, cached, waits, None if prompt is None else _encode_prompt(prompt)]]
 
 
 def decode_event(request_id: str, ids: Any, finish: Any, extra: Any) -> TokenEvent:
@@ -61,15 +66,36 @@ def decode_event(request_id: str, ids: Any, finish: Any, extra: Any) -> TokenEve
     if extra is None:
         return TokenEvent(request_id, ids, finish)
     try:
-        logprobs, error, cached, waits = extra
+        logprobs, error, cached, waits, prompt = extra
         if logprobs is not None:
             logprobs = [TokenLogprobs(float(own), [(int(i), float(p)) for i, p in top]) for own, top in logprobs]
         if waits is not None:
             queued, computed = waits
             waits = float(queued), float(computed)
-        return TokenEvent(request_id, ids, finish, logprobs, None if error is None else str(error), int(cached), waits)
+        if prompt is not None:
+            prompt = _decode_prompt(*prompt)
+        return TokenEvent(request_id, ids, finish, logprobs, None if error is None else str(error), int(cached), waits, prompt)
     except (TypeError, ValueError) as error:
         raise WireError(f"not the extra part of an event: {error}") from None
+
+
+def _encode_prompt(prompt: PromptLogprobs) -> list[Any]:
+    return [prompt.count, *(_swapped(column).tobytes() for column in prompt[1:])]
+
+
+def _decode_prompt(count: Any, *columns: Any) -> PromptLogprobs:
+    own, ranks, top_ids, top_logprobs = (_swapped(array(kind, data)) for kind, data in zip("fiif", columns, strict=True))
+    if not len(own) == len(ranks) or not len(top_ids) == len(top_logprobs) == len(own) * count:
+        raise ValueError("prompt log-probabilities of different lengths")
+    return PromptLogprobs(count, own, ranks, top_ids, top_logprobs)
+
+
+def _swapped(column: Any) -> Any:
+    """A column in the other form, this machine's or the wire's."""
+    if _SWAPPED:
+        column = column[:]
+        column.byteswap()
+    return column
 
 
 def pack_events(events: list[TokenEvent]) -> bytes:

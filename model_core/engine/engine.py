@@ -22,7 +22,8 @@ from model_core.engine.config import EngineConfig
 from model_core.engine.load import Parts, load_parts
 from model_core.engine.plan import StepPlan, check_request
 from model_core.engine.records import Launched, StepRecord, StepRing, us
-from model_core.engine.request import EngineInfo, EngineStats, FinishReason, Request, TokenEvent
+from model_core.engine.request import EngineInfo, EngineStats, FinishReason, PromptLogprobs, Request, TokenEvent
+from model_core.engine.sequence import Sequence
 from model_core.engine.validate import validate
 from model_core.errors import EngineDead, RequestError
 
@@ -255,16 +256,18 @@ class Engine:
         self.stage = f"waiting for step {step}"
         try:
             tokens, logprobs = flight.collect()
+            scored = [one for scores in flight.scores for one in scores]
         except Exception as error:
             self._fail_step(flight.plan, error)
             return
         waited = time.perf_counter()
         self.stage = f"emitting step {step}"
         sampling = flight.plan.sampling
+        self._tell_scored(scored)
         for seq in [seq for seq, token in zip(sampling, tokens, strict=True) if token < 0 and seq.finish is None]:
             self._fail(seq.request_id, "the model produced logits that are not finite numbers")
         ended = set(self.parts.scheduler.commit(flight.plan, tokens))
-        events = [_event((seq.request_id, [token], seq.finish, logprobs.get(place), None, 0, None))
+        events = [_event((seq.request_id, [token], seq.finish, logprobs.get(place), None, 0, None, None))
                   for place, (seq, token) in enumerate(zip(sampling, tokens, strict=True))
                   if seq.finish is None or seq in ended]  # others have had their last event
         if firsts := {seq.request_id: seq for seq in sampling if len(seq.tokens) == seq.num_prompt + 1}:
@@ -274,6 +277,14 @@ class Engine:
         self._steps += 1
         self._failed_steps = 0
         self._progress_at = time.monotonic()
+
+    def _tell_scored(self, scored: list[tuple[Sequence, PromptLogprobs | None]]) -> None:
+        """Events of prompts' log-probabilities; before those of the step's tokens."""
+        for seq, prompt in scored:
+            if seq.finish is None and prompt is None:
+                self._fail(seq.request_id, "the model produced logits that are not finite numbers")
+            elif seq.finish is None:
+                self._events.append(TokenEvent(seq.request_id, [], prompt=prompt))
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
         """A step raised: its sequences end with an error, the others go on, unless it happens again and again."""

@@ -23,10 +23,11 @@ from model_core.engine.clock import MOST_AHEAD, Clock
 from model_core.engine.graphs import PREFILL_SEQS, DecodeGraphs, GraphPool, PrefillGraphs, fitting, row_buckets, token_buckets
 from model_core.engine.memory import available_host_memory
 from model_core.engine.packed import Packed
-from model_core.engine.plan import Limits, Scheduled, StepPlan
+from model_core.engine.plan import Limits, Scheduled, Scored, StepPlan
 from model_core.engine.rules import SlotRules
 from model_core.engine.runner import EVERY_SAMPLER_STEP, InFlight, Part, forbidden_in, to_host
 from model_core.engine.sampler import Sampled, Sampler, divisor
+from model_core.engine.scores import Scorer, sent
 from model_core.engine.sequence import Sequence
 from model_core.engine.startup import Timed, untimed
 from model_core.engine.tables import BlockTables
@@ -51,6 +52,7 @@ class GraphRunner:
         self.model, self.kv, self.page_size, self.device = model, kv, page_size, device
         self.capture_at_start, self.ops, self._pin = capture_at_start, ops, device.type == "cuda"
         self.sampler = Sampler(limits.max_seqs, model.config.vocab_size, device)
+        self.scorer = Scorer(model, limits.max_seqs)
         self.max_pages = -(-limits.max_context // page_size)
         self.state = DecodeState.empty(limits.max_seqs, self.max_pages, device, self.sampler.counts)
         self.rules = SlotRules(self.state, model.config.vocab_size)
@@ -109,7 +111,10 @@ class GraphRunner:
             place += samples
         for first in range(0, len(chunks), self.prefills.seqs):  # all tokens of a step fit the largest bucket
             group = slice(first, first + self.prefills.seqs)
-            self._prefill(flight, chunks[group], np.array(where[group]))
+            before = first - (len(chunks) - len(plan.chunks))
+            scored = [one._replace(chunk=one.chunk - before) for one in plan.scored
+                      if before <= one.chunk < before + self.prefills.seqs]  # fmt: skip
+            self._prefill(flight, chunks[group], np.array(where[group]), scored)
         flight.span.end()
         return flight
 
@@ -132,7 +137,8 @@ class GraphRunner:
                    for row, place in enumerate(places) if plan.decodes[place].slot in self.special] if self.special else []
         self._sampled(flight, places, special, self.decodes.chain.logits, self.decodes.out, self._next_out())
 
-    def _prefill(self, flight: InFlight, entries: list[Scheduled], places: np.ndarray) -> None:
+    def _prefill(self, flight: InFlight, entries: list[Scheduled], places: np.ndarray, scored: list[Scored]) -> None:
+        """scored: of these entries, by their numbers here. A graph gives no hidden states, so then the ops are launched."""
         size, dump = self.page_size, self.state.dump
         counts = np.array([entry.count for entry in entries], dtype=np.int32)
         starts = np.array([entry.start for entry in entries], dtype=np.int32)
@@ -173,7 +179,13 @@ class GraphRunner:
         bucket.packed.send()
         assert bucket.graph is not None
         flight.span.begin()
-        bucket.graph.replay()
+        if scored:
+            begins = ends - counts
+            rows = np.concatenate([one.rows(int(starts[one.chunk]), int(begins[one.chunk])) for one in scored])
+            hidden = self.prefills.compute_with_hidden(bucket, sent(torch.from_numpy(rows), self.device))
+            flight.scores.append(self.scorer.score(hidden, scored))
+        else:
+            bucket.graph.replay()
         host = torch.empty(seqs, dtype=torch.int64, pin_memory=self._pin)
         special = [(row, entry) for row, entry in enumerate(entries) if entry.samples and entry.seq.slot in self.special]
         self._sampled(flight, places, special, bucket.logits, bucket.out, host)

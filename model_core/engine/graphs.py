@@ -187,6 +187,15 @@ class PrefillGraphs:
 
     def compute(self, bucket: PrefillGraph) -> None:
         """The same without a graph: the twin for debugging and for compiling."""
+        self._compute(bucket, bucket.packed.device["logit_rows"])
+
+    @torch.inference_mode()
+    def compute_with_hidden(self, bucket: PrefillGraph, rows: torch.Tensor) -> torch.Tensor:
+        """The same, and the hidden states of these rows of the batch: [len(rows), hidden]."""
+        return self._compute(bucket, torch.cat([bucket.packed.device["logit_rows"], rows]))[bucket.seqs :]
+
+    def _compute(self, bucket: PrefillGraph, logit_rows: torch.Tensor) -> torch.Tensor:
+        """Samples from the first `seqs` of logit_rows; returns the hidden states of them all."""
         d, state = bucket.packed.device, self.state
         slots = d["slots"]
         # Slots begin here, and are placed at the last token of this chunk: the sampler advances those that sample.
@@ -197,8 +206,10 @@ class PrefillGraphs:
         ids = torch.where(ids < 0, state.last_token[(-1 - ids).clamp_(min=0)], ids)
         batch = Batch(
             token_ids=ids, positions=d["positions"], slot_mapping=d["slot_mapping"], query_start=d["query_start"],
-            context_len=d["context_len"], block_tables=state.block_tables.index_select(0, slots), logit_rows=d["logit_rows"],
+            context_len=d["context_len"], block_tables=state.block_tables.index_select(0, slots), logit_rows=logit_rows,
             query_lens=[], context_lens=[], num_decodes=0, blocks=d["blocks"].view(-1, 2))  # fmt: skip
-        bucket.logits.copy_(self.model.forward(batch, self.kv, self.ops))
+        hidden = self.model.hidden_states(batch, self.kv, self.ops)
+        bucket.logits.copy_(self.model.logits(hidden[: bucket.seqs]))
         restrict(bucket.logits, d["sample_slots"], state, self.samples, pdl=False)
         sample(bucket.logits, d["sample_slots"], state, bucket.out, self.samples, pdl=False)
+        return hidden

@@ -14,7 +14,7 @@ from typing import Any
 from model_core.engine.config import EngineConfig
 from model_core.engine.engine import Engine
 from model_core.engine.plan import check_request
-from model_core.engine.request import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
+from model_core.engine.request import FinishReason, PromptLogprobs, Request, SamplingParams, TokenEvent, TokenLogprobs
 from model_core.engine.validate import validate
 from model_core.errors import EngineDead, RequestError
 from model_core.tokenizer.detokenizer import Detokenizer
@@ -43,6 +43,7 @@ class Completion:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)  # of its second token and all after it, in parts
 
 
 class LLM:
@@ -181,6 +182,8 @@ class _Stream:
             raise EngineDead(event.error or "the engine failed")
         done.token_ids += event.token_ids
         done.logprobs += event.logprobs or []
+        if event.prompt is not None:
+            done.prompt_logprobs.append(event.prompt)
         done.cached_tokens = done.cached_tokens or event.cached_tokens
         printed = event.token_ids[:-1] if event.finish == "stop" else event.token_ids  # its last is the end token
         text = self._text.push(printed)

@@ -68,7 +68,7 @@ def plan_memory(model: ModelConfig, engine: EngineConfig, *, device: str, elemen
     """Divide `available` bytes. Raises OutOfMemory, with the ledger and the number to set, if no sequence would fit.
 
     Peaks are those of the widest step: `max_batch_tokens` rows through a layer, `max_seqs` rows of logits with all that
-    choosing from them takes.
+    choosing from them takes, or prompt log-probabilities in their place.
     """
     longest = engine.context_length or model.context_length
     rotary = longest * model.head_dim * 4

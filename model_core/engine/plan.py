@@ -44,6 +44,20 @@ class Scheduled(NamedTuple):
     samples: bool
 
 
+class Scored(NamedTuple):
+    """Positions [start, start + count) of a prompt, all in chunk number `chunk` of a plan: the logits there are the
+    log-probabilities of the tokens that follow."""
+
+    seq: Sequence
+    chunk: int
+    start: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
+
+    def rows(self, chunk_start: int, first: int) -> range:
+        """Their rows in a batch, where the chunk begins with position `chunk_start` in row `first`."""
+        return range(first + self.start - chunk_start, first + self.start - chunk_start + self.count)
+
+
 @dataclass(slots=True)
 class StepPlan:
     """One step: a token of each sequence of `decodes`, and chunks of prompts.
@@ -53,6 +67,7 @@ class StepPlan:
     admitted: sequences that got a slot in this step, for the first time or again: the runner sets up slot state.
     grown: decodes that got a page in this step; all other block tables are as they were in the plan before, or admitted.
     preempted: ids of the sequences that lost their pages since the plan before.
+    scored: what of the chunks is wanted for prompt log-probabilities.
     """
 
     step: int
@@ -62,6 +77,7 @@ class StepPlan:
     admitted: list[Sequence] = field(default_factory=list)
     grown: list[Sequence] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
+    scored: list[Scored] = field(default_factory=list)
 
     @property
     def num_decodes(self) -> int:
@@ -88,13 +104,14 @@ def check_request(request: Request, limits: Limits, pool: PagePool) -> None:
     prompt, new, context = len(request.prompt_ids), request.params.max_tokens, limits.max_context
     if prompt == 0:
         raise RequestError("the prompt has no tokens: send at least one", param="prompt", code="empty_prompt")
-    if new < 1:
-        raise RequestError(f"max_tokens is {new}, must be at least 1", param="max_tokens", code="invalid_value")
+    if new < (1 if request.params.prompt_logprobs is None else 0):
+        raise RequestError(f"max_tokens is {new}, must be at least 1 (0 with prompt_logprobs)", param="max_tokens",
+                           code="invalid_value")
     asked = f"prompt ({prompt} tokens) + max_tokens ({new})"
     if prompt + new > context:
         raise _too_long(f"{asked} is {prompt + new}, the context holds {context} tokens", prompt, context)
     # The token sampled last is never computed, so its keys and values need no room.
-    needed, room = pool.pages_for(prompt + new - 1), pool.capacity * pool.page_size
+    needed, room = pool.pages_for(prompt + max(0, new - 1)), pool.capacity * pool.page_size
     if needed > pool.capacity:
         raise _too_long(f"{asked} needs {needed} KV pages of {pool.page_size} tokens, the pool has {pool.capacity} "
                         f"(kv_cache_bytes sets its size)", prompt, room + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -19,7 +20,8 @@ class SamplingParams:
     Order: logit_bias, repetition / presence / frequency penalties, temperature, top_k, top_p, min_p, sample.
     seed: None draws one from the engine; the noise of a token depends on (seed, position) alone.
     logprobs: None for none, k >= 0 for the sampled token's and the k best tokens' log-probabilities (raw, before
-    bias, penalties and temperature).
+    bias, penalties and temperature). prompt_logprobs: the same for every prompt token but the first; with it max_tokens may be
+    0, for a sequence that ends when its prompt is computed.
     stop_ids end the sequence and are part of token events; eos of the model is added unless ignore_eos.
     grammar: what the output must look like; None for anything.
     """
@@ -35,6 +37,7 @@ class SamplingParams:
     logit_bias: dict[int, float] = field(default_factory=dict)
     seed: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
@@ -60,12 +63,27 @@ class TokenLogprobs(NamedTuple):
     top: list[tuple[int, float]]
 
 
+class PromptLogprobs(NamedTuple):
+    """Log-probabilities of prompt tokens, each given all that stand before it; packed, for a prompt has thousands.
+
+    own: float32, of the tokens themselves; ranks: int32, 1 for a likeliest one; top_ids: int32 and top_logprobs: float32, the
+    `count` best tokens of each, best first, one after another.
+    """
+
+    count: int  # type: ignore[assignment]  # hides tuple.count
+    own: array[float]
+    ranks: array[int]
+    top_ids: array[int]
+    top_logprobs: array[float]
+
+
 class TokenEvent(NamedTuple):
     """New tokens of one request after a step. The event with `finish` set is the request's last.
 
     A stop or eos token is included in `token_ids` (count it in usage, do not print it). finish "error" carries
     `error`. On the event with the first token: cached_tokens (of the prompt, served from the prefix cache), and waits:
-    seconds from the scheduler's queue to a slot, and from there to the token.
+    seconds from the scheduler's queue to a slot, and from there to the token. prompt: of the prompt tokens that follow those
+    of the event before; all come before the first token, in events without one.
     """
 
     request_id: str
@@ -75,6 +93,7 @@ class TokenEvent(NamedTuple):
     error: str | None = None
     cached_tokens: int = 0
     waits: tuple[float, float] | None = None
+    prompt: PromptLogprobs | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ from model_core.engine.clock import Clock, Span
 from model_core.engine.plan import Limits, Scheduled, StepPlan
 from model_core.engine.request import SamplingParams, TokenLogprobs
 from model_core.engine.sampler import Sampled, Sampler
+from model_core.engine.scores import Scorer, Scores, copied, sent
 from model_core.model.batch import Batch
 from model_core.model.kv import KVCache
 from model_core.model.llama import Llama
@@ -29,11 +30,12 @@ class Part:
 @dataclass
 class InFlight:
     """A launched step. `collect` waits for the device; nothing before it does. Of two parts that name a sequence the later
-    one counts."""
+    one counts. scores: read them after `collect`."""
 
     plan: StepPlan
     parts: list[Part]
     span: Span
+    scores: list[Scores] = field(default_factory=list)
 
     def collect(self) -> tuple[list[int], dict[int, list[TokenLogprobs]]]:
         """Token ids (-1: the logits were not finite) of plan.sampling and, where asked for, log-probabilities by place."""
@@ -85,6 +87,7 @@ class Runner:
     def __init__(self, model: Llama, kv: KVCache, limits: Limits, page_size: int, device: torch.device) -> None:
         self.model, self.kv, self.page_size, self.device = model, kv, page_size, device
         self.sampler = Sampler(limits.max_seqs, model.config.vocab_size, device)
+        self.scorer = Scorer(model, limits.max_seqs)
         self.max_pages = -(-limits.max_context // page_size)
         self.tables = np.zeros((limits.max_seqs, self.max_pages), dtype=np.int32)
         self.table_len = [0] * limits.max_seqs
@@ -99,13 +102,15 @@ class Runner:
         rows = [entry for entry in plan.entries if entry.samples]
         span = self._clock.next()
         span.begin()
-        logits = self.model.forward(self._batch(plan), self.kv, proceed=proceed)
+        hidden = self.model.hidden_states(self._batch(plan), self.kv, proceed=proceed)
+        logits = self.model.logits(hidden[: len(rows)])
         # what sampling rounds may depend on the number of rows, and on where a row lies
         groups = [slice(row, row + 1) for row in range(len(rows))] if self.model.invariant else [slice(None)] * bool(rows)
         places = np.arange(len(rows))
         parts = [Part(places[group], to_host(self._sample(rows[group], logits[group].clone()))) for group in groups]
+        scores = [self.scorer.score(hidden[len(rows) :], plan.scored)] if plan.scored else []
         span.end()
-        return InFlight(plan, parts, span)
+        return InFlight(plan, parts, span, scores)
 
     def prepare(self) -> bool:
         return False
@@ -144,6 +149,7 @@ class Runner:
         context = starts + counts
         longest = -(-int(context.max()) // size)
         samples = np.array([entry.samples for entry in entries])
+        scored = [one.rows(*(int(of[plan.num_decodes + one.chunk]) for of in (starts, ends - counts))) for one in plan.scored]
         return Batch(
             token_ids=token_ids,
             positions=self._send(positions),
@@ -151,7 +157,7 @@ class Runner:
             query_start=self._send(np.concatenate(([0], ends)).astype(np.int32)),
             context_len=self._send(context.astype(np.int32)),
             block_tables=self._send(self.tables[slots, :longest]),
-            logit_rows=self._send((ends - 1)[samples]),
+            logit_rows=self._send(np.concatenate([(ends - 1)[samples], *scored]).astype(np.int64)),
             query_lens=counts.tolist(),
             context_lens=context.tolist(),
             num_decodes=0 if self.model.invariant else plan.num_decodes,  # a decode is a chunk like any other, see attention
@@ -168,8 +174,7 @@ class Runner:
         return slot
 
     def _send(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+        return sent(torch.from_numpy(np.ascontiguousarray(array)), self.device)
 
     def warm_up(self, max_tokens: int) -> None:
         """Run steps on the dump page that reach every kernel the dispatch rule can choose, and the whole sampler.
@@ -228,13 +233,5 @@ EVERY_SAMPLER_STEP = (
 
 def to_host(sampled: Sampled) -> Sampled:
     """Start copying results into pinned memory; they are valid after the step's event."""
-
-    def copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if tensor is None or tensor.device.type == "cpu":
-            return tensor
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return host.copy_(tensor, non_blocking=True)
-
-    tokens = copy(sampled.tokens)
-    assert tokens is not None
-    return Sampled(tokens, copy(sampled.logprob), copy(sampled.top_ids), copy(sampled.top_logprobs))
+    others = (sampled.logprob, sampled.top_ids, sampled.top_logprobs)
+    return Sampled(copied(sampled.tokens), *(None if one is None else copied(one) for one in others))

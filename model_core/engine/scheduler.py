@@ -34,7 +34,7 @@ from heapq import heapify, heappop, heappush
 from operator import attrgetter
 
 from model_core.cache.pages import PagePool
-from model_core.engine.plan import Limits, Scheduled, StepPlan, check_request
+from model_core.engine.plan import Limits, Scheduled, Scored, StepPlan, check_request
 from model_core.engine.request import FinishReason, Request
 from model_core.engine.sequence import Reason, Sequence, State
 from model_core.errors import RequestError
@@ -168,7 +168,7 @@ class Scheduler:
         admitted = self._admit(left, chunks) if not short else []
         if not decodes and not chunks:
             return None
-        plan = StepPlan(self._steps, decodes, starts, chunks, admitted, grown, self._preempted)
+        plan = StepPlan(self._steps, decodes, starts, chunks, admitted, grown, self._preempted, _scored(chunks))
         self._preempted = []
         self._steps += 1
         self._plans.append(plan)
@@ -304,7 +304,9 @@ class Scheduler:
         room = pool.available - len(self._running)
         if self._head is not None and self._head[0] is seq and room < self._head[1]:
             return False  # too little was freed since it was looked at: do not walk a long prompt again every step
-        hits, node = pool.match(seq.tokens, seq.request.cache_salt.encode())
+        # What is found is not computed, so there would be no logits of it: nothing may be before they were there once.
+        findable = seq.tokens[: seq.scored + 1] if seq.to_score else seq.tokens
+        hits, node = pool.match(findable, seq.request.cache_salt.encode())
         fresh = pool.pages_for(seq.total) - len(hits)
         needed = fresh + pool.cost(hits)
         if needed > room:
@@ -320,7 +322,7 @@ class Scheduler:
         if not seq.admissions:
             seq.admitted_at = time.perf_counter()
             seq.cached_tokens = seq.computed
-            self.prefix_queries += seq.num_prompt
+            self.prefix_queries += 0 if seq.to_score else seq.num_prompt
             self.prefix_hits += seq.cached_tokens
             self.prompt_tokens += seq.num_prompt
         return True
@@ -363,3 +365,16 @@ class Scheduler:
         heappush(self._slots, seq.slot)
         self.pool.release(seq.block_table)
         seq.slot, seq.block_table, seq.computed, seq.indexed, seq.node = None, [], 0, 0, None
+
+
+def _scored(chunks: list[Scheduled]) -> list[Scored]:
+    """What of these chunks is scored: each position once, also of a prompt that is computed again after a preemption."""
+    found = []
+    for index, (seq, start, count, _) in enumerate(chunks):
+        if seq.scored < seq.to_score:
+            first, end = max(start, seq.scored), min(start + count, seq.to_score)
+            assert start <= seq.scored, "a prefix hit has hidden logits"
+            if first < end:
+                found.append(Scored(seq, index, first, end - first))
+                seq.scored = end
+    return found

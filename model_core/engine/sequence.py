@@ -38,6 +38,7 @@ class Sequence:
                     same; a mirror is up to date if (admissions, len(block_table)) is
     in_flight       scheduled plans, not committed yet, that use this sequence's pages
     admissions      times it was admitted: 1 + times it came back after a preemption
+    scored          prompt positions whose logits were asked for, or need not be: see Scored
 
     Invariants: computed < total <= limit, len(tokens) <= total, and pages cover every computed token.
     """
@@ -48,7 +49,7 @@ class Sequence:
     stop_ids: frozenset[int]  # the request's, and the model's eos unless ignored
     tokens: list[int]
     num_prompt: int
-    limit: int  # len(tokens) at which it ends: prompt + max_tokens
+    limit: int  # len(tokens) at which it ends: prompt + max_tokens, but at least one: a prompt alone ends by a token, too
     total: int
     rank: tuple[int, int]  # who goes first: (priority, arrival), lowest first
     computed: int = 0
@@ -62,6 +63,7 @@ class Sequence:
     finish: FinishReason | None = None
     indexed: int = 0  # pages of the block table that the prefix index was told about
     node: Node | None = None  # of the last of them
+    scored: int = 0
     arrived_at: float = field(default_factory=time.perf_counter)
     admitted_at: float = 0.0  # for the first time
 
@@ -70,13 +72,18 @@ class Sequence:
         """A new, waiting sequence. eos_ids: of the model; added to the stop ids unless the request ignores them."""
         params, prompt = request.params, len(request.prompt_ids)
         stop_ids = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else eos_ids)
-        return cls(request, request.request_id, arrival, stop_ids, list(request.prompt_ids), prompt,
-                   prompt + params.max_tokens, prompt, (request.priority, arrival))
+        return cls(request, request.request_id, arrival, stop_ids if params.max_tokens else frozenset(),
+                   list(request.prompt_ids), prompt, prompt + max(1, params.max_tokens), prompt, (request.priority, arrival))
 
     @property
     def num_output(self) -> int:
         """Output tokens that the host knows."""
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def to_score(self) -> int:
+        """Positions whose logits are wanted: all of the prompt but the last one."""
+        return 0 if self.request.params.prompt_logprobs is None else self.num_prompt - 1
 
     @property
     def pending(self) -> int:
@@ -90,9 +97,10 @@ class Sequence:
         return "length" if len(self.tokens) >= self.limit else None
 
     def first(self, event: TokenEvent) -> TokenEvent:
-        """The event of its first token, with what is told once."""
+        """The event of its first token, with what is told once; without the token if none was asked for."""
         waits = (self.admitted_at - self.arrived_at, time.perf_counter() - self.admitted_at)
-        return event._replace(cached_tokens=self.cached_tokens, waits=waits)
+        event = event._replace(cached_tokens=self.cached_tokens, waits=waits)
+        return event if self.request.params.max_tokens else event._replace(token_ids=[], logprobs=None)
 
     def check(self, page_size: int) -> None:
         """Assert the invariants; for tests."""

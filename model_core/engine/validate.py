@@ -10,6 +10,7 @@ from model_core.errors import RequestError
 MAX_LOGPROBS = 100
 MAX_LOGIT_BIAS = 512  # the sampler's table has this many entries per slot
 MAX_STOP_IDS = 256
+MAX_PROMPT_LOGPROBS = 1 << 18  # values of one prompt: 2 MiB, and some 20 MiB as JSON
 
 
 def validate(request: Request, vocab_size: int) -> None:
@@ -24,6 +25,13 @@ def validate(request: Request, vocab_size: int) -> None:
     _between("min_tokens", p.min_tokens, 0, p.max_tokens)
     if p.logprobs is not None:
         _between("logprobs", p.logprobs, 0, min(MAX_LOGPROBS, vocab_size))
+    if p.prompt_logprobs is not None:
+        _between("prompt_logprobs", p.prompt_logprobs, 0, min(MAX_LOGPROBS, vocab_size))
+        if (size := len(request.prompt_ids) * (p.prompt_logprobs + 1)) > MAX_PROMPT_LOGPROBS:
+            raise RequestError(
+                f"log-probabilities of {len(request.prompt_ids)} prompt tokens with {p.prompt_logprobs} alternatives each are "
+                f"{size} values, at most {MAX_PROMPT_LOGPROBS} are possible: ask for fewer alternatives, or shorten the prompt",
+                param="prompt_logprobs", code="invalid_value")  # fmt: skip
     if p.seed is not None:
         _between("seed", p.seed, -(1 << 63), (1 << 63) - 1)
     _size("logit_bias", len(p.logit_bias), MAX_LOGIT_BIAS)

@@ -81,7 +81,19 @@ class Llama:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: KVCache, ops: Ops | None = None, proceed: Callable[[], object] = int) -> torch.Tensor:
-        """Logits float32 [R, vocab] of rows `batch.logit_rows`; keys and values of all T tokens are written to `kv`.
+        """Logits float32 [R, vocab] of rows `batch.logit_rows`; see `hidden_states`."""
+        return self.logits(self.hidden_states(batch, kv, ops, proceed))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits float32 [R, vocab] of final hidden states [R, hidden]."""
+        if not len(hidden):
+            return hidden.new_empty((0, self.config.vocab_size), dtype=torch.float32)
+        return self.head(hidden).float()
+
+    @torch.inference_mode()
+    def hidden_states(self, batch: Batch, kv: KVCache, ops: Ops | None = None,
+                      proceed: Callable[[], object] = int) -> torch.Tensor:  # fmt: skip
+        """What the head multiplies, [R, hidden], of rows `batch.logit_rows`; keys and values of all T tokens go to `kv`.
 
         ops: other implementations than the model's own, for captured graphs. proceed: called before each layer; what it raises
         ends the pass."""
@@ -98,7 +110,7 @@ class Llama:
             ops.rope_kv_write(q, k, v, batch.positions, self.cos_sin, k_cache, v_cache, batch.slot_mapping)
             last = index + 1 == config.num_layers
             if last and not len(batch.logit_rows):  # only keys and values were wanted
-                return residual.new_empty((0, config.vocab_size), dtype=torch.float32)
+                return residual.new_empty((0, config.hidden_size))
             attended = ops.paged_attention(q.to(k_cache.dtype), k_cache, v_cache, batch, scale=self.scale,
                                            sliding_window=config.sliding_window)
             if last:  # nobody reads the other rows any more
@@ -106,7 +118,7 @@ class Llama:
             x = self._add_and_norm(layer.o, attended.flatten(1).to(self.dtype), residual, layer.mlp_norm, ops)
             next_norm = self.final_norm if last else self.layers[index + 1].attn_norm
             x = self._add_and_norm(layer.down, ops.swiglu(layer.gate_up(x)), residual, next_norm, ops)
-        return self.head(x).float()
+        return x
 
     def _add_and_norm(self, linear: Linear, x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor,
                       ops: Ops) -> torch.Tensor:  # fmt: skip

@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+from array import array
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -22,7 +23,7 @@ from deployments.protocol.access import Access
 from deployments.protocol.limits import Limits
 from deployments.tools.family import ToolParser
 from deployments.transport.base import NotReady
-from model_core.engine.request import EngineInfo, EngineStats, Request, TokenEvent, TokenLogprobs
+from model_core.engine.request import EngineInfo, EngineStats, PromptLogprobs, Request, TokenEvent, TokenLogprobs
 from model_core.tokenizer.chat import ChatTemplate
 from model_core.tokenizer.split import AddedToken
 from model_core.tokenizer.tokenizer import Codec, Tokenizer
@@ -91,6 +92,18 @@ def hello(request: Request) -> list[int]:
     return [*encode("Hello world!"), IM_END]
 
 
+def scores(ids: list[int], count: int) -> list[PromptLogprobs]:
+    """Of each token but the first, in parts of three: its own at place p is -p / 2 and of rank 2, the others are as in
+    FakeTransport's answers."""
+    parts = []
+    for first in range(1, len(ids), 3):
+        places = range(first, min(first + 3, len(ids)))
+        top = [(65 + k, -0.25 - k) for _ in places for k in range(count)]
+        parts.append(PromptLogprobs(count, array("f", [-place / 2 for place in places]), array("i", [2] * len(places)),
+                                    array("i", [i for i, _ in top]), array("f", [value for _, value in top])))  # fmt: skip
+    return parts
+
+
 @dataclass
 class FakeTransport:
     """An engine in the same process. `script(request)` are the ids it would generate; it ends at a stop id or at
@@ -136,6 +149,13 @@ class FakeTransport:
         try:
             await asyncio.sleep(self.first_delay)
             params = request.params
+            if params.prompt_logprobs is not None:
+                for part in scores(request.prompt_ids, params.prompt_logprobs):
+                    yield [TokenEvent(request.request_id, [], prompt=part)]
+            if params.max_tokens == 0:
+                done = True
+                yield [TokenEvent(request.request_id, [], "length", waits=self.waits)]
+                return
             ids = self.script(request)[: params.max_tokens]
             ends = set(params.stop_ids) | (set() if params.ignore_eos else set(INFO.eos_ids))
             for i, token in enumerate(ids):

@@ -16,13 +16,13 @@ BASE = {
     RESPONSES: {"input": "hi"},
     MESSAGES: {"model": "acme/tiny", "max_tokens": 9, "messages": HELLO},
 }
-EXTRAS = {"return_token_ids": True, "timings": True, "n": 2}
+EXTRAS = {"return_token_ids": True, "timings": True, "prompt_logprobs": 2, "n": 2}
 USAGE = {"include_usage": True, "continuous_usage_stats": True}
 ASKED = [
     (CHAT, {}), (CHAT, {"logprobs": True, "top_logprobs": 2, **EXTRAS}), (CHAT, {"max_tokens": 1}),
     (CHAT, {"stop": "wor", "logprobs": True}), (CHAT, {"stop_token_ids": [256]}), (CHAT, {"stream_options": USAGE, **EXTRAS}),
-    (TEXT, {}), (TEXT, {"echo": True, "prompt": ["ab", "c"], **EXTRAS}), (TEXT, {"logprobs": 0}),
-    (TEXT, {"echo": True, "max_tokens": 0}), (TEXT, {"stream_options": USAGE, "stop": "wor", **EXTRAS}),
+    (TEXT, {}), (TEXT, {"logprobs": 1, "echo": True, "prompt": ["ab", "c"], **EXTRAS}), (TEXT, {"logprobs": 0}),
+    (TEXT, {"echo": True, "max_tokens": 0, "logprobs": 1}), (TEXT, {"stream_options": USAGE, "stop": "wor", **EXTRAS}),
     (RESPONSES, {}), (RESPONSES, {"instructions": "be", "max_output_tokens": 1, "metadata": {"a": "b"}}),
     (RESPONSES, {"reasoning": {"effort": "low"}, "temperature": 0.5}),
     (MESSAGES, {}), (MESSAGES, {"max_tokens": 1, "system": "be"}), (MESSAGES, {"stop_sequences": ["wor"]}),

@@ -12,7 +12,7 @@ SAMPLING = {
     "extra_body": {
         "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "min_tokens": 1, "ignore_eos": False, "stop_token_ids": [1],
         "include_stop_str_in_output": True, "skip_special_tokens": False, "priority": 1, "cache_salt": "s",
-        "truncate_prompt_tokens": 50, "return_token_ids": True, "request_id": "r1", "timings": True,
+        "truncate_prompt_tokens": 50, "return_token_ids": True, "request_id": "r1", "timings": True, "prompt_logprobs": 2,
     },
 }  # fmt: skip
 

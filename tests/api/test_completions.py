@@ -129,7 +129,7 @@ def test_only_the_last_tokens_of_a_prompt_are_used(server):
 
 
 @pytest.mark.parametrize(("fields", "kept"), [
-    ({"max_tokens": 56}, 200), ({}, 240), ({"max_tokens": 256}, 1),
+    ({"max_tokens": 56}, 200), ({}, 240), ({"max_tokens": 256}, 1), ({"max_tokens": 0, "echo": True, "logprobs": 0}, 256),
 ])  # fmt: skip
 def test_a_prompt_may_be_cut_to_what_fits(server, fields, kept):
     """The context, 256 tokens, less what the answer may have."""

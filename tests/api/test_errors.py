@@ -166,9 +166,7 @@ TEXT = [
     ({"prompt": "a", "logprobs": 21}, "integer_above_max_value", "logprobs"),
     ({"prompt": "a", "logprobs": True}, "invalid_type", "logprobs"),
     ({"prompt": "a", "best_of": 3}, "unsupported_parameter", "best_of"),
-    ({"prompt": "a", "echo": True, "logprobs": 1}, "unsupported_parameter", "echo"),
     ({"prompt": "a", "suffix": "b"}, "unsupported_parameter", "suffix"),
-    ({"prompt": "a", "prompt_logprobs": 1}, "unsupported_parameter", "prompt_logprobs"),
 ]
 
 

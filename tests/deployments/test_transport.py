@@ -6,6 +6,7 @@ import asyncio
 import random
 import struct
 import time
+from array import array
 
 import msgpack
 import pytest
@@ -24,7 +25,7 @@ from deployments.transport.wire import (
     pack_frame,
     unpack_events,
 )
-from model_core.engine.request import TokenEvent, TokenLogprobs
+from model_core.engine.request import PromptLogprobs, TokenEvent, TokenLogprobs
 from model_core.errors import RequestError
 
 both = pytest.mark.parametrize("kind", ["push", "handle"])
@@ -407,6 +408,7 @@ EVENTS = [
     TokenEvent("a", [7], None, [TokenLogprobs(-0.5, [(7, -0.5), (8, -1.25)])], None, 32),
     TokenEvent("a", [], "error", None, "the engine failed: ä", 0),
     TokenEvent("a", [7], None, None, None, 0, (0.25, 1.5)),
+    TokenEvent("a", [], prompt=PromptLogprobs(1, array("f", [-0.5]), array("i", [2]), array("i", [8]), array("f", [-0.25]))),
 ]
 
 
@@ -417,7 +419,9 @@ def test_events_survive_the_wire():
         assert rid == 3 and decode_event("a", *rest) == event
 
 
-@pytest.mark.parametrize("data", [b"\xc1", msgpack.packb(5), msgpack.packb([[0]]), msgpack.packb([[0, None, None, None]])])
+@pytest.mark.parametrize("data", [b"\xc1", msgpack.packb(5), msgpack.packb([[0]]), msgpack.packb([[0, None, None, None]]),
+                                  msgpack.packb([[0, [], None, [None, None, 0, None, [1, b"1234", b"1234", b"", b""]]]]),
+                                  msgpack.packb([[0, [], None, [None, None, 0, None, [0, b"123", b"123", b"", b""]]]])])
 def test_what_is_not_a_list_of_events_is_refused(data):
     with pytest.raises(WireError):
         unpack_events("a", data)

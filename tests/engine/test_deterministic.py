@@ -29,7 +29,7 @@ only_packed = pytest.mark.skipif(not packing_works(), reason="a CPU needs FBGEMM
 PAGE = 8
 NEW = 12
 # how the answers are chosen: by the graphs, by the sampler, and greedily with log-probabilities
-WAYS = [dict(temperature=0.0, logprobs=4), dict(temperature=0.8, seed=11),
+WAYS = [dict(temperature=0.0, logprobs=4), dict(temperature=0.8, seed=11, prompt_logprobs=2),
         dict(temperature=1.1, seed=5, top_k=40, top_p=0.9, min_p=0.01, logprobs=2),
         dict(temperature=0.9, seed=8, top_k=30, top_p=0.95, frequency_penalty=0.5),
         dict(temperature=0.7, seed=6, top_p=0.8, repetition_penalty=1.2, logprobs=0)]  # fmt: skip
@@ -60,6 +60,8 @@ def run(folder, asked, *, pages=200, alone=False, before=lambda engine: None, **
             for event in events:
                 found[event.request_id][0].extend(event.token_ids)
                 found[event.request_id][1].extend(event.logprobs or [])
+                if event.prompt is not None:
+                    found[event.request_id][1].extend(zip(event.prompt.own, event.prompt.ranks, strict=True))
                 if event.finish:
                     left.discard(event.request_id)
             changed.notify()
@@ -127,7 +129,7 @@ def test_prefill_graphs_decode(tmp_path):
     assert {key: tokens for key, (tokens, _) in found.items()} == {key: tokens for key, (tokens, _) in wanted.items()}
     for key, (_, logprobs) in found.items():
         assert len(logprobs) == len(wanted[key][1])
-        assert all(abs(one.logprob - other.logprob) < 1e-4 for one, other in zip(logprobs, wanted[key][1], strict=True))
+        assert all(abs(one[0] - other[0]) < 1e-4 for one, other in zip(logprobs, wanted[key][1], strict=True))
 
 
 def test_a_cpu_that_cannot_is_refused(checkpoint_dirs, oracles, monkeypatch):

@@ -482,7 +482,7 @@ def test_a_step_that_nobody_waits_for_any_more_is_cut_short(serve, greedy, monke
     """Aborts that come while a step is computed free its pages at the next layer; with one sequence left it goes on."""
     served = serve("llama3", prefix_cache=False)
     model, pool = served.engine.parts.runner.model, served.engine.parts.scheduler.pool
-    forward, layers = model.forward, []
+    forward, layers = model.hidden_states, []
 
     def slow(batch, kv, proceed):
         def at_layer():
@@ -494,7 +494,7 @@ def test_a_step_that_nobody_waits_for_any_more_is_cut_short(serve, greedy, monke
 
         return forward(batch, kv, proceed=at_layer)
 
-    monkeypatch.setattr(model, "forward", slow)
+    monkeypatch.setattr(model, "hidden_states", slow)
     served.submit(request("gone", PROMPTS[1]), request("gone too", PROMPTS[2]))
     served.wait("gone", "gone too")
     assert layers.count(2) == 2 and layers[-2:] == [2, 2], "the third layer was not computed"

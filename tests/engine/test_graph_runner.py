@@ -57,6 +57,8 @@ def run(folder, requests, *, tiles=None, abort=None, preempt=None, warm_up=True,
         for event in events:
             tokens.setdefault(event.request_id, []).extend(event.token_ids)
             logprobs.setdefault(event.request_id, []).extend(event.logprobs or [])
+            if event.prompt is not None:
+                logprobs[event.request_id].extend(zip(event.prompt.own, event.prompt.ranks, strict=True))
             if event.finish:
                 finishes[event.request_id] = event.finish
             if abort == event.request_id and len(tokens[abort]) == 3:
@@ -137,6 +139,21 @@ def test_a_preempted_sequence_keeps_its_counts_and_cuts(folder):
     expected = run(folder, requests)
     actual = run(folder, requests, tiles={1: TILES}, preempt="r0", warm_up=GPU, max_seqs=1)
     assert actual[3].preemptions == 2 and actual[0] == expected[0]
+
+
+def test_prompts_are_scored_beside_others(folder):
+    """In chunks, with decodes in the same step; without a token at the end, too."""
+    requests = [Request("r0", PROMPTS[1], SamplingParams(max_tokens=3, ignore_eos=True, temperature=0.0)),
+                Request("r1", PROMPTS[1], SamplingParams(max_tokens=2, ignore_eos=True, temperature=0.0, prompt_logprobs=1)),
+                Request("r2", PROMPTS[2], SamplingParams(max_tokens=0, prompt_logprobs=0))]  # fmt: skip
+    expected = run(folder, requests)
+    actual = run(folder, requests, tiles={4: TILES}, warm_up=GPU, max_batch_tokens=13)
+    assert actual[:2] == expected[:2] and actual[0]["r2"] == [] and actual[1]["r2"] == "length"
+    for name, prompt in (("r1", PROMPTS[1]), ("r2", PROMPTS[2])):
+        got, wanted = actual[2][name], expected[2][name]
+        assert len(got) == len(wanted) == len(prompt) - 1 and [rank for _, rank in got] == [rank for _, rank in wanted]
+        assert all(abs(a - b) < 1e-4 for (a, _), (b, _) in zip(got, wanted, strict=True))
+    assert actual[2]["r0"] == []
 
 
 @only_gpu

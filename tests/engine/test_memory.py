@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +18,11 @@ from model_core.engine import memory
 from model_core.engine.config import EngineConfig
 from model_core.engine.load import load_parts, place
 from model_core.engine.memory import GIB, Ledger, plan_memory
-from model_core.engine.request import SamplingParams
+from model_core.engine.plan import Scored
+from model_core.engine.request import Request, SamplingParams
 from model_core.engine.sampler import Sampler
+from model_core.engine.scores import Scorer
+from model_core.engine.sequence import Sequence
 from model_core.errors import ConfigError, OutOfMemory
 from model_core.kernels.linear import packing_works
 from model_core.model.config import ModelConfig
@@ -97,6 +101,19 @@ def test_the_peak_of_sampling_is_within_the_prediction(params):
     with Peak() as peak:
         sampler.sample(logits, torch.arange(rows), torch.arange(rows), [params] * rows, [])
     assert 0.75 * ledger.logits < peak.most + logits.nbytes < ledger.logits
+
+
+def test_the_peak_of_scoring_a_prompt_is_within_the_prediction():
+    rows, vocab = 8, 4000
+    config = ModelConfig("llama", 1, 8, 8, 1, 1, 8, vocab, 64)
+    ledger = plan_memory(config, EngineConfig(), device="cpu", element_bytes=4, kv_element_bytes=4, max_seqs=rows,
+                         max_batch_tokens=8, available=GIB)  # fmt: skip
+    head, hidden = torch.randn(vocab, 8), torch.randn(500, 8)
+    model = SimpleNamespace(config=config, invariant=False, logits=lambda hidden: hidden @ head.T)
+    prompt = Request("a", list(range(501)), SamplingParams(prompt_logprobs=20))
+    with Peak() as peak:
+        [(_, found)] = Scorer(model, rows).score(hidden, [Scored(Sequence.of(prompt, 0), 0, 0, 500)])
+    assert 0.25 * ledger.logits < peak.most < ledger.logits and len(found.own) == 500
 
 
 # ---- pages ------------------------------------------------------------------------------------------------------------

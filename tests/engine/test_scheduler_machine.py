@@ -31,6 +31,7 @@ class Device:
         self.tokens: dict[Sequence, list[int]] = {}
         self.tables: dict[Sequence, list[int]] = {}
         self.queue: deque[tuple[StepPlan, list[list[int]]]] = deque()
+        self.scored: dict[Sequence, int] = {}  # positions whose logits were asked for and computed, 0 to this
 
     def launch(self, plan: StepPlan) -> None:
         for seq in plan.admitted:
@@ -61,6 +62,10 @@ class Device:
             if entry.samples:
                 sampled.append(choose())
                 known.append(sampled[-1])
+        for seq, chunk, start, count in plan.scored:
+            assert plan.chunks[chunk].seq is seq and start == self.scored.get(seq, 0), "a position is scored twice, or not"
+            assert plan.chunks[chunk].start <= start < start + count <= plan.chunks[chunk].start + plan.chunks[chunk].count
+            self.scored[seq] = start + count
         return sampled
 
 
@@ -84,13 +89,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         return self.noise >> 40 & 1
 
     @rule(prompt=st.lists(st.integers(0, 1), max_size=16), new=st.integers(0, 20), priority=st.integers(0, 2),
-          ignore_eos=st.booleans(), least=st.integers(0, 4))
-    def add(self, prompt: list[int], new: int, priority: int, ignore_eos: bool, least: int) -> None:
-        params = SamplingParams(max_tokens=new, ignore_eos=ignore_eos, min_tokens=least)
+          ignore_eos=st.booleans(), least=st.integers(0, 4), score=st.booleans())
+    def add(self, prompt: list[int], new: int, priority: int, ignore_eos: bool, least: int, score: bool) -> None:
+        params = SamplingParams(max_tokens=new, ignore_eos=ignore_eos, min_tokens=least, prompt_logprobs=0 if score else None)
         request = Request(f"{self.names}", prompt, params, priority)
         self.names += 1
         pool, total = self.scheduler.pool, len(prompt) + new
-        fits = prompt and new and total <= 30 and total - 1 <= (pool.num_pages - 1) * pool.page_size
+        room = (pool.num_pages - 1) * pool.page_size
+        fits = prompt and (new or score) and total <= 30 and len(prompt) + max(0, new - 1) <= room
         try:
             self.live[request.request_id] = self.scheduler.add(request)
             assert fits
@@ -133,6 +139,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         for seq in ended:
             output = seq.tokens[seq.num_prompt :]
             params = seq.request.params
+            assert self.device.scored.get(seq, 0) == (len(seq.request.prompt_ids) - 1) * (params.prompt_logprobs is not None)
+            if not params.max_tokens:
+                assert seq.finish == "length" and len(output) == 1
+                assert self.live.pop(seq.request_id) is seq
+                continue
             stops = [i + 1 for i, token in enumerate(output) if token == STOP and i + 1 >= params.min_tokens]
             if params.ignore_eos or not stops:
                 assert seq.finish == "length" and len(output) == params.max_tokens

@@ -37,12 +37,18 @@ class ChatLogprobs(TypedDict):
 
 
 class TextLogprobs(TypedDict):
-    """Parallel arrays."""
+    """Parallel arrays; null for the first token of an echoed prompt, which has nothing before it."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptLogprob(TypedDict):
+    logprob: float
+    rank: int
+    decoded_token: str
 
 
 class Hops(TypedDict):
@@ -105,6 +111,7 @@ class TextChoice(TypedDict):
     stop_reason: str | int | None
     token_ids: NotRequired[list[int]]
     prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[list[dict[str, PromptLogprob] | None]]
 
 
 class ChatCompletion(TypedDict):
@@ -117,6 +124,7 @@ class ChatCompletion(TypedDict):
     choices: list[ChatChoice]
     usage: CompletionUsage
     prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[list[dict[str, PromptLogprob] | None]]
     timings: NotRequired[Timings]
 
 
@@ -169,6 +177,7 @@ class TextChunkChoice(TypedDict):
     stop_reason: NotRequired[str | int | None]
     token_ids: NotRequired[list[int]]
     prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[list[dict[str, PromptLogprob] | None]]
 
 
 class ChatCompletionChunk(TypedDict):
@@ -182,6 +191,7 @@ class ChatCompletionChunk(TypedDict):
     choices: list[ChatChunkChoice]
     usage: NotRequired[CompletionUsage | None]
     prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[list[dict[str, PromptLogprob] | None]]
     timings: NotRequired[Timings]
 
 
