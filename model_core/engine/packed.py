@@ -34,6 +34,8 @@ class Packed:
                         for name, count, kind, at in places} for buffer in self._staging]  # fmt: skip
         self._copied: list[torch.cuda.Event | None] = [None] * _COPIES
         self._turn = 0
+        if device.type == "cuda":
+            self._stream = torch.cuda.default_stream(device)  # found once: see Span
 
     @property
     def host(self) -> dict[str, np.ndarray]:
@@ -49,4 +51,4 @@ class Packed:
         self._buffer.copy_(self._staging[self._turn], non_blocking=True)
         if self._buffer.device.type == "cuda":
             event = self._copied[self._turn] = self._copied[self._turn] or torch.cuda.Event()
-            event.record()
+            event.record(self._stream)
