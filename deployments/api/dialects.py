@@ -16,6 +16,7 @@ from deployments.api.service import Service
 from deployments.protocol import anthropic_events, response_events, response_items
 from deployments.protocol.anthropic_request import parse_anthropic
 from deployments.protocol.errors import ApiError
+from deployments.protocol.requests import ChatRequest
 from deployments.protocol.response_request import ResponseRequest, parse_response
 from deployments.protocol.responses import Entry
 from deployments.tools.pieces import Block
@@ -41,8 +42,7 @@ class DialectRoutes:
         service = self._service
         chat, unknown = parse_anthropic(await read_body(service, request), service.limits)
         service.metrics.unknown_fields += len(unknown)
-        with _renaming(_ANTHROPIC_NAMES):
-            job = await chat_job(service, chat, request.scope["mini_llm.record"])
+        job = await self._message_job(chat, request)
         _rename(job, "msg_")
         return StreamedMessage(service, job) if chat.stream else WholeMessage(service, job)
 
@@ -53,9 +53,16 @@ class DialectRoutes:
         if body.get("max_tokens") is None:  # what only an answer needs
             body["max_tokens"] = 1
         chat, _ = parse_anthropic(body, service.limits)
-        with _renaming(_ANTHROPIC_NAMES):
-            job = await chat_job(service, chat, request.scope["mini_llm.record"])
+        job = await self._message_job(chat, request)
         return Json({"input_tokens": len(job.prompts[0])})
+
+    async def _message_job(self, chat: ChatRequest, request: Request) -> Job:
+        """max_tokens is required there, so that clients make one up: LiteLLM sends 128,000."""
+        info = await self._service.info()
+        assert chat.max_tokens is not None
+        chat.max_tokens = min(chat.max_tokens, info.context_length, info.pool_tokens)
+        with _renaming(_ANTHROPIC_NAMES):
+            return await chat_job(self._service, chat, request.scope["mini_llm.record"])
 
 
 class WholeResponse(WholeAnswer):

@@ -56,8 +56,10 @@ class Edge:
         async def send_start(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                if self._tag_responses:
-                    message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+                tags = [(b"x-request-id", request_id)] if self._tag_responses else []
+                if route.startswith("/v1/messages"):  # Anthropic's clients read this name
+                    tags.append((b"request-id", request_id))
+                message["headers"] = [*message.get("headers", ()), *tags]
             await send(message)
 
         try:

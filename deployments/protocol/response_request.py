@@ -18,14 +18,16 @@ _TEXT_PARTS = ("input_text", "output_text", "text", "refusal")
 _PARTS_SCHEMA = {"type": "array", "items": part_schema("input_text", "output_text", "text")}
 _TEXT_SCHEMA = {"anyOf": [{"type": "string"}, _PARTS_SCHEMA]}
 _STRING = {"type": "string"}
+_CALL = {"call_id": _STRING, "name": _STRING, "arguments": _STRING}
+_ROLE = {"enum": ["system", "developer", "user", "assistant"]}
 _ITEM_SCHEMA = {"anyOf": [
     {"type": "object", "required": ["role", "content"],
-     "properties": {"type": {"enum": ["message", None]}, "role": {"enum": ["system", "developer", "user", "assistant"]},
-                    "content": _TEXT_SCHEMA}},
+     "properties": {"type": {"enum": ["message", None]}, "role": _ROLE,
+                    "content": _TEXT_SCHEMA, **_CALL}},
     {"type": "object", "required": ["type", "call_id", "name", "arguments"],
-     "properties": {"type": {"const": "function_call"}, "call_id": _STRING, "name": _STRING, "arguments": _STRING}},
+     "properties": {"type": {"const": "function_call"}, **_CALL, "role": _ROLE}},
     {"type": "object", "required": ["type", "call_id", "output"],
-     "properties": {"type": {"const": "function_call_output"}, "call_id": _STRING, "output": _TEXT_SCHEMA}},
+     "properties": {"type": {"const": "function_call_output"}, **_CALL, "role": _ROLE, "output": _TEXT_SCHEMA}},
 ]}  # fmt: skip
 _INPUT_SCHEMA = {
     "anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "maxItems": 4096, "items": _ITEM_SCHEMA}]

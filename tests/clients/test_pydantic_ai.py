@@ -1,0 +1,45 @@
+import asyncio
+
+import pytest
+
+pydantic_ai = pytest.importorskip("pydantic_ai")
+
+
+@pytest.fixture
+def model(served):
+    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.profiles.openai import OpenAIModelProfile
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    # it asks for strict arguments by itself, which come with structured output
+    profile = OpenAIModelProfile(openai_supports_strict_tool_definition=False)
+    provider = OpenAIProvider(base_url=served.base_url, api_key="none")
+    return OpenAIChatModel(served.model, provider=provider, profile=profile)
+
+
+def test_run(served, model):
+    result = pydantic_ai.Agent(model, instructions="Be brief.").run_sync("hi", model_settings={"max_tokens": 40, "seed": 3})
+    assert result.output == "Hello world!" and result.usage.output_tokens == 4
+    assert served.params.seed == 3 and "Be brief." in served.prompt
+
+
+def test_streamed(served, model):
+    async def run():
+        async with pydantic_ai.Agent(model).run_stream("hi") as result:
+            return [text async for text in result.stream_text(delta=True, debounce_by=None)]
+
+    pieces = asyncio.run(run())
+    assert len(pieces) > 1 and "".join(pieces) == "Hello world!"
+
+
+def test_tools(served, model):
+    agent = pydantic_ai.Agent(model)
+
+    @agent.tool_plain
+    def get_weather(city: str) -> str:
+        """The weather of a city."""
+        return f"Sun in {city}"
+
+    served.says(served.CALL, "It is sunny.")
+    assert agent.run_sync("hi").output == "It is sunny."
+    assert "Sun in Paris" in served.prompt
