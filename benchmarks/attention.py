@@ -75,7 +75,7 @@ def make_decode(
     rows = torch.arange(batch, device=device)
     heads, dim = config.num_heads, config.head_dim
     space = decode_kernel.SplitSpace.empty(batch, heads, config.num_kv_heads, dim, device)
-    tiles = default_tiles(config, batch, dtype).attention
+    tiles = default_tiles(config, batch, dtype).attention_to(context)
     pdl = chains_launches(device)
 
     def pair() -> tuple[Call, Callable[[SDPBackend], torch.Tensor]]:

@@ -22,7 +22,7 @@ import torch
 from model_core.dispatch.compile import compile_ahead
 from model_core.dispatch.measured import CHOICES, Candidate, Measured, choose, reason, tried, with_choice
 from model_core.dispatch.steps import StepTimer, step_call, step_layers
-from model_core.dispatch.tiles import MOST_ROWS, PRODUCTS, StepTiles, default_tiles
+from model_core.dispatch.tiles import MOST_ROWS, NEAR, PRODUCTS, StepTiles, default_tiles
 from model_core.kernels.decode.partition import DRIVERS_CHOICE
 from model_core.kernels.decode.tiles import columns
 from model_core.model.decode import DecodeChain
@@ -32,8 +32,8 @@ REPRESENTATIVE = (1, 8, 16, 32, 64, 128)  # rows
 TIE = 0.01  # share by which the default may be slower: less is noise, and would choose otherwise at the next start
 _KERNELS_OF_A_STEP = 12  # about, for the progress bar
 
-Step = tuple[int, StepTiles]  # rows, tiles
-Timer = Callable[[int, StepTiles], float]
+Step = tuple[int, StepTiles, bool]  # rows, tiles, whether its contexts are long
+Timer = Callable[..., float]  # (rows, tiles, far) -> microseconds
 Ahead = Callable[..., dict[int, str]]
 
 
@@ -62,7 +62,7 @@ def calibrate(chain: DecodeChain, buckets: list[int], progress: Progress, *, tim
     config, dtype = chain.model.config, chain.model.dtype
     best = {rows: default_tiles(config, rows, dtype) for rows in points}
     plan = {op: {rows: tried(config, op, rows, dtype) for rows in points} for op in CHOICES}
-    compiled.add(((rows, with_choice(best[rows], op, choice)) for op in CHOICES for rows in points
+    compiled.add(((rows, with_choice(best[rows], op, choice), op == "far") for op in CHOICES for rows in points
                   for choice in plan[op][rows]), progress)  # fmt: skip
     own = StepTimer(chain, points[-1]) if timer is None else None
     try:
@@ -83,12 +83,14 @@ def _descend(chain: DecodeChain, best: dict[int, StepTiles], plan: dict[str, dic
     for op, points in plan.items():
         steps = {rows: [with_choice(best[rows], op, choice) for choice in choices] for rows, choices in points.items()}
         # Kernels are specialised on how the kernel before leaves the stream: what was chosen since may need others.
-        compiled.add((rows, tiles) for rows in points for tiles in steps[rows])
+        far = op == "far"
+        compiled.add((rows, tiles, far) for rows in points for tiles in steps[rows])
         for rows, choices in points.items():
             candidates = []
             for choice, tiles in zip(choices, steps[rows], strict=True):
                 chain.reserve(rows, tiles)
-                candidates.append(_measure(timer, rows, tiles, choice, compiled.problem(rows, tiles)))
+                step = rows, tiles, far
+                candidates.append(_measure(timer, step, choice, compiled.problem(step)))
                 progress.advance(1)
             found[rows][op] = tuple(candidates)
             chosen = choose(found[rows][op], TIE)
@@ -131,13 +133,13 @@ class _Compiled:
         new = [step for step in dict.fromkeys(map(_launches, steps)) if step not in self._problems]
         if not new:
             return
-        for rows, tiles in new:
+        for rows, tiles, _ in new:
             self._chain.reserve(rows, tiles)
         # two layers: the first reads what the embedding leaves, the others what `down` leaves
-        jobs = [step_call(self._chain, dump_rows(self._chain, rows), tiles, 2) for rows, tiles in new]
+        jobs = [step_call(self._chain, dump_rows(self._chain, rows), tiles, 2, far) for rows, tiles, far in new]
         options: dict[str, Any] = {}
         if progress is not None:
-            points = len({rows for rows, _ in new})
+            points = len({rows for rows, *_ in new})
             progress.begin("calibration, compiling", len(new) + (_KERNELS_OF_A_STEP - 1) * points)
             options["progress"] = progress
         died = self._ahead(jobs, self._workers, **options)
@@ -145,13 +147,15 @@ class _Compiled:
             progress.end()
         self._problems |= {step: died.get(index) for index, step in enumerate(new)}
 
-    def problem(self, rows: int, tiles: StepTiles) -> str | None:
-        return self._problems.get(_launches((rows, tiles)))
+    def problem(self, step: Step) -> str | None:
+        return self._problems.get(_launches(step))
 
 
 def _launches(step: Step) -> Step:
     """Stands for all steps of the same kernels."""
-    return step[0], replace(step[1], shared=DRIVERS_CHOICE)
+    rows, tiles, far = step
+    used = replace(tiles, shared=DRIVERS_CHOICE, attention=tiles.attention_to(longest=NEAR + far), far=None)
+    return rows, used, far
 
 
 def dump_rows(chain: DecodeChain, rows: int) -> torch.Tensor:
@@ -159,11 +163,11 @@ def dump_rows(chain: DecodeChain, rows: int) -> torch.Tensor:
     return torch.full((rows,), chain.state.dump, dtype=torch.int64, device=chain.q.device)
 
 
-def _measure(timer: Timer, rows: int, tiles: StepTiles, choice: Any, problem: str | None) -> Candidate:
+def _measure(timer: Timer, step: Step, choice: Any, problem: str | None) -> Candidate:
     if problem is not None:
         return Candidate(choice, None, problem)
     try:
-        return Candidate(choice, round(timer(rows, tiles), 2))
+        return Candidate(choice, round(timer(*step), 2))
     except Exception as error:  # a kernel that does not compile or launch here: another one serves
         lines = str(error).strip().splitlines() or [""]
         return Candidate(choice, None, f"{type(error).__name__}: {lines[0][:160]}")

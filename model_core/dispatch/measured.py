@@ -8,7 +8,15 @@ from typing import Any
 
 import torch
 
-from model_core.dispatch.tiles import Choice, StepTiles, attention_candidates, candidates, shared_candidates
+from model_core.dispatch.tiles import (
+    NEAR,
+    Choice,
+    StepTiles,
+    attention_candidates,
+    candidates,
+    far_candidates,
+    shared_candidates,
+)
 from model_core.kernels.decode.attention import SplitTiles
 from model_core.kernels.decode.partition import DRIVERS_CHOICE
 from model_core.kernels.decode.products import RowTiles
@@ -17,7 +25,7 @@ from model_core.kernels.decode.streaming import StreamTiles
 from model_core.kernels.decode.tiles import TensorTiles
 from model_core.model.config import ModelConfig
 
-CHOICES = ("attention", "gate_up", "down", "qkv", "o", "head", "shared")  # in the order in which they are measured
+CHOICES = ("attention", "gate_up", "down", "qkv", "o", "head", "far", "shared")  # in the order in which they are measured
 Setting = Choice | SplitTiles | int  # int: percent of shared memory
 
 _KINDS: dict[str, type] = {kind.__name__: kind for kind in (RowTiles, RegisterTiles, StreamTiles, TensorTiles, SplitTiles)}
@@ -122,6 +130,8 @@ def tried(config: ModelConfig, op: str, rows: int, dtype: torch.dtype) -> list[S
     """The candidates that are measured, each once, the default first: of a product's the likeliest, and cuBLAS if it is one."""
     if op == "attention":
         return list(dict.fromkeys(attention_candidates(config, rows)))
+    if op == "far":
+        return list(dict.fromkeys(far_candidates(config, rows)))
     if op == "shared":
         return list(dict.fromkeys(shared_candidates(config, rows)))
     found = list(dict.fromkeys(candidates(config, op, rows, dtype)))
@@ -167,6 +177,6 @@ def explain_row(op: str, low: int, high: int, tiles: StepTiles, measured: Measur
         times = {label(one.choice): one.microseconds for one in measured.candidates[op]}
         why = f"{measured.reasons[op]} (for {measured.rows} row{'s' * (measured.rows > 1)})"
     rule = "1 row" if low == high == 1 else f"{high} rows" if low == high else f"{low} to {high} rows"
-    name = "shared memory" if op == "shared" else op
+    name = {"shared": "shared memory", "far": f"attention beyond {NEAR} keys"}.get(op, op)
     return {"op": f"decode {name}", "rule": rule, "candidates": {label(choice): None} | times, "choice": label(choice),
             "reason": why}  # fmt: skip

@@ -13,14 +13,14 @@ from functools import partial
 
 import torch
 
-from model_core.dispatch.tiles import StepTiles
+from model_core.dispatch.tiles import NEAR, StepTiles
 from model_core.kernels.decode.partition import prefer_shared
 from model_core.model.config import ModelConfig
 from model_core.model.decode import DecodeChain
 
 _LAYERS = 8
 _WIDE_LAYERS = 4  # of models whose layers are 400 MB and more: with 8 of them Llama-2-7B took 33.7 s to calibrate (H100)
-_POSITION = 256  # of the newest token
+_NEAR, _FAR = 256, 1024  # position of the newest token
 _SERIES, _REPLAYS = 5, 3  # a series is timed as a whole: its first launch is felt less, and positions move little
 _SETTLE_S = 0.3  # of work before the first measurement, which brings the clocks up
 
@@ -30,15 +30,16 @@ def step_layers(config: ModelConfig) -> int:
     return min(config.num_layers, _WIDE_LAYERS if config.hidden_size >= 4096 else _LAYERS)
 
 
-def longest_context(chain: DecodeChain) -> int:
-    """The bound for which a step is compiled and measured: the first of what serving captures (engine/graphs.py)."""
+def longest_context(chain: DecodeChain, far: bool = False) -> int:
+    """The bound for which a step is compiled and measured: the first or the second of what serving captures
+    (engine/graphs.py)."""
     room = chain.state.block_tables.shape[1] * chain.kv.k[0].shape[1]
-    return min(512, chain.model.max_context, room)
+    return min(4 * NEAR if far else NEAR, chain.model.max_context, room)
 
 
-def step_call(chain: DecodeChain, rows: torch.Tensor, tiles: StepTiles, layers: int) -> Callable[[], object]:
+def step_call(chain: DecodeChain, rows: torch.Tensor, tiles: StepTiles, layers: int, far: bool) -> Callable[[], object]:
     """One step of slots `rows` (int64 [M]), as something that can be pickled for the processes that compile."""
-    return partial(chain.launch, rows, torch.zeros_like(rows), tiles, longest=longest_context(chain), layers=layers)
+    return partial(chain.launch, rows, torch.zeros_like(rows), tiles, longest=longest_context(chain, far), layers=layers)
 
 
 class Occupants:
@@ -47,9 +48,9 @@ class Occupants:
     def __init__(self, chain: DecodeChain, most: int) -> None:
         self._state = state = chain.state
         pages, size = chain.kv.k[0].shape[:2]
-        bound = longest_context(chain)
-        self.position = max(0, min(_POSITION, bound - _REPLAYS - 1))
-        each = min(-(-(self.position + _REPLAYS + 1) // size), state.block_tables.shape[1])
+        self.near, self.far = (max(0, min(position, longest_context(chain, far) - _REPLAYS - 1))
+                               for position, far in ((_NEAR, False), (_FAR, True)))  # fmt: skip
+        each = min(-(-(self.far + _REPLAYS + 1) // size), state.block_tables.shape[1])
         own = torch.arange(most * each, device=state.position.device).view(most, each)
         state.block_tables[:most, :each] = (1 + own % max(1, pages - 1)).int()  # page 0 is the dump page
         ids = torch.arange(most, device=state.position.device)
@@ -60,9 +61,9 @@ class Occupants:
         self._most = most
         self.place()
 
-    def place(self) -> None:
-        """Back to where they were: a step moves every slot on by one."""
-        self._state.position[: self._most] = self.position
+    def place(self, far: bool = False) -> None:
+        """To where they are measured: a step moves every slot on by one."""
+        self._state.position[: self._most] = self.far if far else self.near
 
     def leave(self) -> None:
         for tensor in (self._state.position, self._state.block_tables, self._state.last_token):
@@ -81,16 +82,16 @@ class StepTimer:
         self._occupants = Occupants(chain, most)
         self._settled = False
 
-    def __call__(self, rows: int, tiles: StepTiles) -> float:
-        """Raises whatever a kernel that does not compile or launch raises."""
-        self._occupants.place()
-        graph = self._capture(step_call(self._chain, self._rows[:rows], tiles, self._layers), tiles.shared)
+    def __call__(self, rows: int, tiles: StepTiles, far: bool = False) -> float:
+        """far: of long contexts. Raises whatever a kernel that does not compile or launch raises."""
+        self._occupants.place(far)
+        graph = self._capture(step_call(self._chain, self._rows[:rows], tiles, self._layers, far), tiles.shared)
         until = time.monotonic() + (0.0 if self._settled else _SETTLE_S)
-        self._series_us(graph)
+        self._series_us(graph, far)
         while time.monotonic() < until:
-            self._series_us(graph)
+            self._series_us(graph, far)
         self._settled = True
-        return statistics.median(self._series_us(graph) for _ in range(_SERIES))
+        return statistics.median(self._series_us(graph, far) for _ in range(_SERIES))
 
     def _capture(self, work: Callable[[], object], shared: int) -> torch.cuda.CUDAGraph:
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -104,8 +105,8 @@ class StepTimer:
             work()
         return graph
 
-    def _series_us(self, graph: torch.cuda.CUDAGraph) -> float:
-        self._occupants.place()
+    def _series_us(self, graph: torch.cuda.CUDAGraph, far: bool) -> float:
+        self._occupants.place(far)
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         for _ in range(_REPLAYS):

@@ -36,6 +36,7 @@ PRODUCTS = ("qkv", "o", "gate_up", "down", "head")
 MOST_ROWS = 1  # that the plain row kernels take: with two the tensor cores are as fast
 MOST_IN_REGISTERS = 16
 MOST_IN_SHARED = 64
+NEAR = 512  # keys of the longest context of a step, up to which its attention is `attention`, beyond `far`
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class StepTiles:
     head: Choice
     attention: SplitTiles
     shared: int = DRIVERS_CHOICE
+    far: SplitTiles | None = None  # None: as near
+
+    def attention_to(self, longest: int) -> SplitTiles:
+        """How a step divides contexts of at most `longest` keys."""
+        return self.attention if longest <= NEAR or self.far is None else self.far
 
     def __post_init__(self) -> None:
         assert len({isinstance(getattr(self, op), RowTiles) for op in PRODUCTS}) == 1, self
@@ -225,6 +231,24 @@ def attention_candidates(config: ModelConfig, rows: int) -> list[SplitTiles]:
     return [SplitTiles(128, 32, 4, 2)]
 
 
+def far_candidates(config: ModelConfig, rows: int) -> list[SplitTiles]:
+    """The same for contexts beyond NEAR: few rows need several programs for one of them, for many they may be longer."""
+    near = attention_candidates(config, rows)
+    if not has_wgmma() or config.head_dim > 128:
+        return near
+    if config.head_dim <= 64:
+        if rows <= 8:
+            found = [SplitTiles(256, 64, 8, 3, 256), SplitTiles(128, 64, 4, 5), SplitTiles(256, 64, 4, 5)]
+        elif rows <= 32:
+            found = [SplitTiles(512, 64, 8, 3, 512), SplitTiles(256, 64, 4, 5), SplitTiles(512, 128, 4, 5)]
+        else:
+            found = [SplitTiles(1024, 64, 2, 7), SplitTiles(1024, 128, 4, 5)]
+    else:
+        few = [SplitTiles(128, 64, 8, 1, 128), SplitTiles(256, 64, 8, 5, 256)]
+        found = few if rows == 1 else [SplitTiles(512, 32, 4, 7), SplitTiles(1024, 32, 4, 7), SplitTiles(256, 32, 4, 7)]
+    return list(dict.fromkeys([*found, near[0]]))
+
+
 def shared_candidates(config: ModelConfig, rows: int) -> list[int]:
     """Percents of a multiprocessor's memory as shared memory, the likeliest first."""
     if not has_wgmma():
@@ -241,4 +265,5 @@ def shared_candidates(config: ModelConfig, rows: int) -> list[int]:
 def default_tiles(config: ModelConfig, rows: int, dtype: torch.dtype) -> StepTiles:
     """What an uncalibrated engine runs."""
     products = {op: candidates(config, op, rows, dtype)[0] for op in PRODUCTS}
-    return StepTiles(**products, attention=attention_candidates(config, rows)[0], shared=shared_candidates(config, rows)[0])
+    return StepTiles(**products, attention=attention_candidates(config, rows)[0], shared=shared_candidates(config, rows)[0],
+                     far=far_candidates(config, rows)[0])  # fmt: skip

@@ -233,8 +233,8 @@ class GraphRunner:
             return
         decodes, chosen = self.decodes, self.decodes.kinds()
         jobs: list[Any] = [
-            partial(decodes.chain.launch, decodes.rows[:rows], decodes.out[:rows], tiles, longest=decodes.lengths[0])
-            for (_, tiles), rows in chosen.items()
+            partial(decodes.chain.launch, decodes.rows[:rows], decodes.out[:rows], tiles, longest=longest)
+            for (_, tiles), rows in chosen.items() for longest in decodes.lengths[:2]
         ]
         jobs.append(partial(_prefill_once, self.model, self.ops, self.kv, self.state, self.prefills.buckets[0]))
         known = [facts(decodes.chain, decodes.buckets), [str(one) for one in chosen], self.max_pages, self.ops.overrides]

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from model_core.dispatch.ops import Ops
-from model_core.dispatch.tiles import StepTiles
+from model_core.dispatch.tiles import NEAR, StepTiles
 from model_core.engine.packed import Packed
 from model_core.kernels.decode.partition import DRIVERS_CHOICE, prefer_shared
 from model_core.kernels.decode.restrict import restrict
@@ -95,7 +95,7 @@ class DecodeGraphs:
         self.rows = torch.full((self.buckets[-1],), chain.state.dump, dtype=torch.int64, device=device)
         self.out = torch.zeros_like(self.rows)
         # Beyond MAX_SPLITS splits the grid stays the same: three widths are enough.
-        self.lengths = [length for length in (512, 2048) if length < max_context] + [max_context]
+        self.lengths = [length for length in (NEAR, 4 * NEAR) if length < max_context] + [max_context]
         self._graphs: dict[tuple[int, int], Replay] = {}
         for rows, choice in tiles.items():
             chain.reserve(rows, choice)
@@ -121,7 +121,8 @@ class DecodeGraphs:
     def compute_kinds(self) -> None:
         """Launch every kernel once: 6 steps for TinyLlama's 17 buckets."""
         for rows in self.kinds().values():
-            self.compute(rows, self.lengths[0])
+            for longest in self.lengths[:2]:
+                self.compute(rows, longest)
 
     def compute(self, rows: int, longest: int) -> None:
         """The same without a graph: the twin for debugging and for compiling."""

@@ -96,7 +96,7 @@ class DecodeChain:
             source = model.embed if first else residual
             qkv(source, layer.attn_norm, _weight(layer.qkv), layer.qkv.bias, model.cos_sin, rows, state,
                 *self.kv.layer(index), q, eps=eps, tiles=t["qkv"], embed=first, pdl=pdl)  # fmt: skip
-            attended = self._attend(index, rows, tiles.attention, longest)
+            attended = self._attend(index, rows, tiles.attention_to(longest), longest)
             project(attended, _weight(layer.o), source, residual, rows, state.last_token, tiles=t["o"], embed=first, pdl=pdl)
             gate_up(residual, layer.mlp_norm, _weight(layer.gate_up), inner, eps=eps, tiles=t["gate_up"], pdl=pdl)
             project(inner, _weight(layer.down), residual, residual, rows, state.last_token, tiles=t["down"], embed=False,
@@ -109,7 +109,7 @@ class DecodeChain:
         embed(model.embed, model.layers[0].attn_norm, rows, self.state.last_token, self.stream, pdl=self.pdl)
         for index, layer in enumerate(model.layers[:layers]):
             self._qkv(index, rows, tiles.qkv)
-            attended = self._attend(index, rows, tiles.attention, longest)
+            attended = self._attend(index, rows, tiles.attention_to(longest), longest)
             self._project(attended, layer.o, layer.mlp_norm, tiles.o)
             self._gate_up(index, m, tiles.gate_up)
             self._project(self.inner[:m], layer.down, norms[index], tiles.down)

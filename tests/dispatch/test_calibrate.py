@@ -83,7 +83,8 @@ class FakeTimer:
     def __init__(self, step=lambda rows, tiles: 100.0):
         self.step, self.seen = step, []
 
-    def __call__(self, rows, tiles):
+    def __call__(self, rows, tiles, far):
+        self.far = far
         self.seen.append((rows, tiles))
         return self.step(rows, tiles)
 
@@ -245,27 +246,30 @@ def test_every_step_is_compiled_and_has_its_workspace_before_it_is_launched():
     def ahead(jobs, workers=None, **options):
         batches.append(len(jobs))
         for job in jobs:
-            assert job.func == chain.launch and job.keywords == {"longest": 512, "layers": 2}
+            longest = job.keywords["longest"]
+            assert job.func == chain.launch and job.keywords == {"longest": longest, "layers": 2} and longest in (512, 2048)
             rows, out, tiles = job.args
-            assert rows.shape == out.shape and tiles.shared == -1
-            assert (len(rows), tiles) not in compiled
-            compiled.add((len(rows), tiles))
+            step = len(rows), tiles.attention_to(longest), longest > 512, *(getattr(tiles, op) for op in PRODUCTS)
+            assert rows.shape == out.shape and tiles.shared == -1 and step not in compiled
+            compiled.add(step)
         return {}
 
     def step(rows, tiles):
-        assert (rows, replace(tiles, shared=-1)) in compiled
+        chosen = tiles.attention_to(2048 if timer.far else 512), timer.far, *(getattr(tiles, op) for op in PRODUCTS)
+        assert (rows, *chosen) in compiled
         space = chain.space
         chain.reserve(rows, tiles)
         assert chain.space is space
         return TENSOR_O(rows, tiles)
 
-    found = calibrate(chain, [1, 8, 32], quiet(), timer=FakeTimer(step), ahead=ahead)
+    timer = FakeTimer(step)
+    found = calibrate(chain, [1, 8, 32], quiet(), timer=timer, ahead=ahead)
     assert isinstance(found[32].tiles.o, TensorTiles)
-    singly = sum(len(tried(CONFIG, op, rows, BF16)) - 1 for op in CHOICES[:-1] for rows in (1, 8, 32)) + 3
-    assert batches[0] == singly  # the defaults and each deviation from them; then what follows from the choice of o
-    follow = sum(len(tried(CONFIG, "head", rows, BF16)) - 1 for rows in (8, 32)
-                 if found[rows].tiles.o != default_tiles(CONFIG, rows, BF16).o)  # fmt: skip
-    assert follow and batches[1:] == [follow]
+    singly = sum(len(tried(CONFIG, op, rows, BF16)) - 1 for op in CHOICES[:-1] for rows in (1, 8, 32)) + 2 * 3
+    assert batches[0] == singly  # the defaults, near and far, and each deviation from them; then what follows from o's choice
+    moved = [rows for rows in (8, 32) if found[rows].tiles.o != default_tiles(CONFIG, rows, BF16).o]
+    heads = sum(len(tried(CONFIG, "head", rows, BF16)) - 1 for rows in moved)
+    assert heads and batches[1:] == [heads, sum(len(tried(CONFIG, "far", rows, BF16)) for rows in moved)]
 
 
 @pytest.mark.parametrize("pages, position", [(4000, 256), (30, 256), (2, 256)])
@@ -274,12 +278,14 @@ def test_sequences_of_garbage_come_and_go(pages, position):
     chain = DecodeChain(a_model(), KVCache.empty(CONFIG, pages, 16, BF16, "meta"), state, 8, pdl=False)
     sequences = Occupants(chain, 8)
     assert state.position.tolist() == [position] * 8 + [0]
-    used = state.block_tables[:8, : position // 16 + 1]
+    used = state.block_tables[:8, : 1024 // 16 + 1]
     assert used.min() == 1 and used.max() <= pages - 1 and not state.block_tables[8].any()
     assert len(used.unique()) == min(used.numel(), pages - 1) or pages == 4000 and len(used.unique()) == used.numel()
     state.position[:8] += 3
     sequences.place()
     assert state.position.tolist() == [position] * 8 + [0]
+    sequences.place(far=True)
+    assert state.position.tolist() == [1024] * 8 + [0]
     sequences.leave()
     assert not any(tensor.any() for tensor in (state.position, state.block_tables, state.last_token))
 
@@ -289,7 +295,8 @@ def test_short_contexts_are_measured_within_their_bounds(max_pages):
     state = DecodeState.empty(4, max_pages, "cpu")
     chain = DecodeChain(a_model(), KVCache.empty(CONFIG, 50, 16, BF16, "meta"), state, 4, pdl=False)
     assert longest_context(chain) == 16 * max_pages
-    assert 0 < Occupants(chain, 4).position <= min(256, 16 * max_pages - 4)
+    sequences = Occupants(chain, 4)
+    assert 0 < sequences.near <= min(256, 16 * max_pages - 4) and sequences.near <= sequences.far <= 16 * max_pages - 4
 
 
 def test_progress_is_counted_in_things():
