@@ -12,6 +12,7 @@ import ray
 from ray import serve
 from ray.serve import Application
 
+from deployments.error_page import write_error_page
 from deployments.hydrate import hydrate
 from deployments.ingress import Api
 from deployments.logs import log_to_stderr
@@ -76,6 +77,7 @@ def compose(args: AppArgs, load: Loader = load_engine) -> Application:
     weight_dir = str((root / Path(args.weight_dir).expanduser()).absolute())
     args = args.model_copy(update={"access": args.access.settled(root)})  # from here on no key, only digests
     placement = place(args, int(ray.cluster_resources().get("GPU", 0)))
+    write_error_page()
     source = ModelSource(model, args.revision, args.fallback)
     local = hydrate(source, weight_dir)
     name = local.name if args.served_name is None or local.source == "fallback" else args.served_name

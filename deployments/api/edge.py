@@ -88,7 +88,8 @@ def error_response(error: ApiError, scope: Scope) -> Response:
     """Every error that is not an event of a stream leaves through here."""
     record = scope["mini_llm.record"]
     record.error = error.code or error.type
-    body = error_body(error, record.id) if record.route.startswith("/v1/messages") else error.body()
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    body = error_body(error, record.id) if path.startswith("/v1/messages") else error.body()
     return Response(body, error.status, error.headers, "application/json")
 
 

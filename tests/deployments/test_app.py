@@ -140,6 +140,60 @@ def test_a_client_that_leaves_is_noticed_by_the_engine_in_under_50_ms(server):
         watcher.communicate()
 
 
+def ask(server: Server, method: str, path: str, body: bytes | None = None) -> tuple[int, dict[str, str], bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request(method, path, body, {"content-type": "application/json"})
+    answer = connection.getresponse()
+    found = answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+    connection.close()
+    return found
+
+
+def test_errors_that_pass_the_proxy_have_our_envelope(server):
+    """HAProxy itself answers what is no HTTP request to it, as one with a head of more than 16 kB (400, HTML); Serve's own
+    deadline, the header x-request-timeout-seconds, is a 408 in bare text. Neither can be changed from here."""
+    for prefix in PREFIX.values():
+        for method, path, body, status, code in [
+            ("GET", "/nowhere", None, 404, "unknown_url"), ("DELETE", "/v1/models", None, 405, "method_not_allowed"),
+            ("POST", "/v1/completions", b" " * 6_000_000, 413, "request_too_large"),
+            ("POST", "/v1/completions", b'{"prompt"', 400, "invalid_json"),
+        ]:  # fmt: skip
+            found, headers, raw = ask(server, method, prefix + path, body)
+            assert (found, json.loads(raw)["error"]["code"]) == (status, code) and headers["x-request-id"]
+    status, _, raw = ask(server, "POST", "/twinned/v1/completions", b"{}")  # of the application at /, not of the one at /twin
+    assert status == 404 and json.loads(raw)["error"]["code"] == "unknown_url"
+
+
+def test_a_killed_http_replica_is_told_in_our_envelope_and_then_waited_for(server):
+    (victim,) = server.pids("ray::ServeReplica:llm:Api")
+    answers = []
+    whole = json.dumps({"prompt": "a", "max_tokens": 5000, "ignore_eos": True}).encode()
+
+    def wait_for_an_answer():
+        try:
+            answers.append(ask(server, "POST", "/v1/completions", whole))
+        except http.client.RemoteDisconnected:  # so HAProxy ends what went over a connection that it had used before
+            answers.append(None)
+
+    count = 64  # more than connections were left by the tests before
+    threads = [threading.Thread(target=wait_for_an_answer) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    server.wait_until(lambda: json.loads(server.get("/load")[1])["server_load"] == count, 20)
+    os.kill(victim, signal.SIGKILL)
+    for thread in threads:
+        thread.join(30)
+    told = [answer for answer in answers if answer is not None]
+    assert len(answers) == count and told
+    for status, headers, raw in told:
+        error = json.loads(raw)["error"]
+        assert (status, error["type"], error["code"]) == (503, "service_unavailable", "replica_lost")
+        assert headers["content-type"] == "application/json" and headers["retry-after"] == "2"
+    assert ask(server, "GET", "/health")[0] == 200  # held back by the proxy until another replica runs
+    server.wait_until(lambda: server.get("/ready")[0] == 200, 60)
+    assert list(stream(server, "llm", 5))[-1] == {"done": True}
+
+
 @both
 def test_a_killed_replica_gives_its_clients_an_error_event_and_comes_back(server, app):
     (victim,) = server.pids(f"ray::ServeReplica:{app}:Model")
