@@ -13,8 +13,8 @@ class CallReader:
     """A TextStream (see choice.py) whose `take` gives texts and calls in their order.
 
     detokenizer: without stop strings of its own, so that none can end a call in its middle. stop: strings that end the
-    content, looked for after the first `min_tokens` tokens. parallel: false ends the sequence with its first call;
-    `stopped` is then "". Takes tokens one by one: what it says does not depend on how they arrive.
+    content, looked for after the first `min_tokens` tokens. most: calls after which the sequence ends; `stopped` is
+    then "". Takes tokens one by one: what it says does not depend on how they arrive.
     """
 
     def __init__(
@@ -25,13 +25,13 @@ class CallReader:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         min_tokens: int = 0,
-        parallel: bool = True,
+        most: int = 1,
     ) -> None:
         self._detokenizer = detokenizer
         self._parser = parser
         self._stops = StopFinder(stop, include=include_stop) if stop else None
         self._min_tokens = min_tokens
-        self._parallel = parallel
+        self._most = most
         self._ready: list[Piece] = []
         self.stopped: str | None = None
         self.tokens_sent = 0
@@ -65,7 +65,7 @@ class CallReader:
         for piece in pieces:
             if isinstance(piece, str):
                 self._say(piece)
-            elif isinstance(piece, CallBegun) and self.begun and not self._parallel:  # the first one had no end
+            elif isinstance(piece, CallBegun) and self.begun == self._most:  # the last one had no end
                 self.stopped = ""
             else:
                 self._flush()
@@ -73,7 +73,7 @@ class CallReader:
                 self.begun += isinstance(piece, CallBegun)
                 if isinstance(piece, CallEnded):
                     self.whole += 1
-                    self.stopped = None if self._parallel else ""
+                    self.stopped = "" if self.begun == self._most else None
             if self.stopped is not None:
                 return
 

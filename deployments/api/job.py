@@ -7,17 +7,16 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deployments.api.calls import CallReader
+from deployments.api.call_plan import CallPlan, plan_calls
 from deployments.api.choice import Choice, LateStop, TextStream
-from deployments.api.conversation import encode_conversation
+from deployments.api.prompts import check_ids, encode_messages, encode_prompt, encode_prompt_as_chat
 from deployments.api.record import Record
 from deployments.api.service import Service
-from deployments.protocol.errors import ApiError, bad_request, context_too_long, unsupported
+from deployments.protocol.errors import ApiError, bad_request, context_too_long
 from deployments.protocol.messages import for_template
 from deployments.protocol.prompt_logprobs import echo_json, prompt_json
 from deployments.protocol.requests import ChatRequest, CompletionRequest, GenerationRequest
 from deployments.protocol.responses import ChatLogprobs, Head, TextLogprobs, Usage
-from deployments.protocol.tools import Toolbox, toolbox
 from deployments.protocol.values import INT64
 from model_core.engine.request import EngineInfo, Request, SamplingParams
 from model_core.engine.validate import MAX_PROMPT_LOGPROBS
@@ -80,32 +79,19 @@ class Job:
 async def chat_job(service: Service, request: ChatRequest, record: Record) -> Job:
     """Raises ApiError 400, 404, 503."""
     info = await service.check_model(request.model)
-    tools = _tools(request)
     try:
+        plan = await plan_calls(service, request)
         if request.messages is None:
             assert request.prompt is not None
-            ids = await _encode_prompt_as_chat(service, info, request.prompt, request, tools)
+            ids = await encode_prompt_as_chat(service, info, request.prompt, request, plan)
         else:
             messages = for_template(request.messages)
-            ids = await _encode_messages(service, info, messages, request, tools)
+            ids = await encode_messages(service, info, messages, request, plan)
     except RequestError as error:
         raise refused(error) from None
     ids = _last(info, ids, request)
     _check_room(info, ids, "messages" if request.prompt is None else "prompt")
-    return _job(service, info, request, record, [ids], None, tools)
-
-
-def _tools(request: ChatRequest) -> Toolbox | None:
-    """What the answer may call. Raises ApiError 400."""
-    tools = toolbox(request.tools, request.tool_choice, request.parallel_tool_calls)
-    if tools is not None and tools.must_call:
-        words = "A call that must be made comes with structured output: leave the choice to the model ('auto')."
-        raise unsupported("tool_choice", words)
-    for i, tool in enumerate(request.tools if tools is not None else ()):
-        if tool.function.strict:
-            words = "Arguments that must fit their schema come with structured output: leave 'strict' out."
-            raise unsupported(f"tools[{i}].function.strict", words)
-    return tools
+    return _job(service, info, request, record, [ids], None, plan)
 
 
 async def completion_job(service: Service, request: CompletionRequest, record: Record) -> Job:
@@ -119,7 +105,7 @@ async def completion_job(service: Service, request: CompletionRequest, record: R
     prompts: list[list[int]] = []
     try:
         for prompt in request.prompt:
-            ids = await _encode_prompt(service, info, prompt, request, request.add_special_tokens)
+            ids = await encode_prompt(service, info, prompt, request, request.add_special_tokens)
             prompts.append(_last(info, ids, request))
             if request.max_tokens or request.scored_logprobs is not None:
                 _check_room(info, prompts[-1], "prompt", 1 if request.max_tokens else 0)
@@ -140,7 +126,7 @@ def _job(
     record: Record,
     prompts: list[list[int]],
     echoes: list[str] | None,
-    tools: Toolbox | None = None,
+    plan: CallPlan | None = None,
 ) -> Job:
     check_ids(info, request.stop_token_ids, "stop_token_ids")
     check_ids(info, list(request.logit_bias), "logit_bias")
@@ -155,6 +141,8 @@ def _job(
         service.fingerprint,
     )
     params = [_params(info, request, len(ids)) for ids in prompts]
+    if plan is not None and plan.grammar is not None:
+        params = [replace(one, grammar=plan.grammar) for one in params]
     choices = []
     for p, ids in enumerate(prompts):
         for k in range(request.n):
@@ -162,7 +150,7 @@ def _job(
             engine_request = Request(
                 f"{key}-{index}", ids, _seeded(params[p], k), request.priority, request.cache_salt or ""
             )
-            choices.append(_choice(service, info, request, engine_request, index, record.begun, tools))
+            choices.append(_choice(service, info, request, engine_request, index, record.begun, plan))
     record.model = head.model
     record.stream = request.stream
     record.n = request.n
@@ -177,7 +165,7 @@ def _choice(
     engine_request: Request,
     index: int,
     started_at: float,
-    tools: Toolbox | None,
+    plan: CallPlan | None,
 ) -> Choice:
     # a chat answer starts a text (its first token's leading space is the format's, not the answer's), unless it goes on with
     # a message; a completion continues one
@@ -194,14 +182,10 @@ def _choice(
             prompt_ids=prompt_ids,
         )
 
-    calls: CallReader | None = None
-    if tools is not None:
-        hidden = service.call_ids if request.skip_special_tokens else frozenset()
-        parser = service.calls.parser(tools.names, frozenset(map(service.tokenizer.token_text, hidden)))
-        calls = CallReader(
-            detokenizer([], before, service.call_ids), parser, stop=request.stop, parallel=tools.parallel,
-            include_stop=request.include_stop_str_in_output, min_tokens=request.min_tokens,
-        )  # fmt: skip
+    calls = None
+    if plan is not None:
+        assert isinstance(request, ChatRequest)
+        calls = plan.reader(service, request, lambda keep: detokenizer([], before, keep))
         text: TextStream = calls
     elif request.stop and request.min_tokens:
         text = LateStop(detokenizer, request.stop, before, request.min_tokens)
@@ -267,43 +251,6 @@ def _seeded(params: SamplingParams, k: int) -> SamplingParams:
     return replace(params, seed=(params.seed + k + INT64) % (2 * INT64) - INT64)
 
 
-async def _encode_messages(
-    service: Service, info: EngineInfo, messages: list[dict[str, Any]], request: ChatRequest, tools: Toolbox | None
-) -> list[int]:
-    least = sum(service.least_tokens(message["content"]) for message in messages)
-    if least >= info.context_length and request.truncate_prompt_tokens is None:
-        raise context_too_long(info.context_length, least, noun="messages", at_least=True)
-    effort = request.reasoning_effort
-    extra = None if effort is None else {"reasoning_effort": effort}
-    return await encode_conversation(service, messages, tools.functions if tools else (), request, extra)
-
-
-async def _encode_prompt_as_chat(
-    service: Service, info: EngineInfo, prompt: str, request: ChatRequest, tools: Toolbox | None
-) -> list[int]:
-    """A bare prompt at the chat endpoint is one user message; a model without a chat template continues it as text."""
-    if service.tokenizer.chat_template is None and tools is None:
-        return await _encode_prompt(service, info, prompt, request, True)
-    return await _encode_messages(service, info, [{"role": "user", "content": prompt}], request, tools)
-
-
-async def _encode_prompt(
-    service: Service, info: EngineInfo, prompt: str | list[int], request: GenerationRequest, special: bool
-) -> list[int]:
-    if not isinstance(prompt, str):
-        check_ids(info, prompt, "prompt")
-        return prompt
-    least = service.least_tokens(prompt)
-    if least >= info.context_length and request.truncate_prompt_tokens is None:
-        raise context_too_long(info.context_length, least, noun="prompt", at_least=True)
-    ids = await service.text_work(
-        len(prompt), lambda: service.tokenizer.encode(prompt, add_special_tokens=special)
-    )
-    if not ids:
-        raise bad_request("The prompt is empty: send at least one token.", param="prompt")
-    return ids
-
-
 def _last(info: EngineInfo, ids: list[int], request: ChatRequest | CompletionRequest) -> list[int]:
     """What the request wants of a prompt: all, its last tokens, or those that leave room for max_tokens."""
     wanted = request.truncate_prompt_tokens
@@ -330,16 +277,6 @@ def _check_scored(request: ChatRequest | CompletionRequest, tokens: int) -> None
             f"Log-probabilities of {tokens} prompt tokens with {asked} alternatives each are {tokens * (asked + 1)} values, "
             f"and an answer holds {MAX_PROMPT_LOGPROBS}. Lower '{name}', or send fewer or shorter prompts.",
             param=name,
-        )
-
-
-def check_ids(info: EngineInfo, ids: list[int], param: str) -> None:
-    """Raises ApiError 400 for an id that the model has not."""
-    if ids and (min(ids) < 0 or max(ids) >= info.vocab_size):
-        bad = next(i for i in ids if not 0 <= i < info.vocab_size)
-        raise bad_request(
-            f"Invalid '{param}': token id {str(bad)[:24]} is outside the vocabulary of {info.vocab_size} tokens.",
-            param=param,
         )
 
 

@@ -37,7 +37,8 @@ class Service:
         self.tokenizer = tokenizer
         self.calls = choose(tool_parser, tokenizer)
         # tags of calls that are control tokens: they must be seen in the text, although the others are not
-        self.call_ids = frozenset(i for i in tokenizer.special_ids if tokenizer.token_text(i) in self.calls.tags)
+        texts = {i: tokenizer.token_text(i) for i in tokenizer.special_ids}
+        self.call_tags = {i: text for i, text in texts.items() if text in self.calls.tags}
         self.limits = limits
         self.version = version
         self.created = int(time.time())

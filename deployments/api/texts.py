@@ -6,9 +6,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from deployments.api.answer import Json
-from deployments.api.conversation import encode_conversation
 from deployments.api.incoming import read_body
-from deployments.api.job import check_ids, refused
+from deployments.api.job import refused
+from deployments.api.prompts import check_ids, encode_conversation
 from deployments.api.service import Service
 from deployments.protocol.messages import for_template
 from deployments.protocol.tokens import TokenizeRequest, parse_detokenize, parse_tokenize

@@ -45,7 +45,10 @@ class BaseParser:
             self._argue(self._buffer)
             self._skip_call()
         else:
-            self._say(self._buffer)
+            rest = self._buffer
+            for tag in self._hidden:
+                rest = rest.replace(tag, "")
+            self._say(rest)
         if not self._after_call:
             self._put(self._pending)
         self._buffer = self._pending = ""

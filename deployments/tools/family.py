@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deployments.tools import hermes, llama3, mistral, pythonic
+from deployments.tools.array import ArrayParser
 from deployments.tools.base import BaseParser
+from deployments.tools.grammar import ARRAY, Form
 from model_core.tokenizer.tokenizer import Tokenizer
 
 ToolParser = Literal["auto", "hermes", "llama3", "mistral", "pythonic"]
@@ -32,19 +34,26 @@ class Family:
     name: str
     tags: tuple[str, ...]
     make: Callable[[frozenset[str], frozenset[str], Callable[[], str]], BaseParser]
+    form: Form | None = None  # None: a grammar cannot write arguments so
     new_id: Callable[[], str] = _long_id
 
-    def parser(self, names: frozenset[str], hidden: frozenset[str] = frozenset()) -> BaseParser:
-        """names: functions that may be called; hidden: those of `tags` that are control tokens."""
-        return self.make(names, hidden, self.new_id)
+    def parser(self, names: frozenset[str], hidden: frozenset[str] = frozenset(), *, form: Form | None = None) -> BaseParser:
+        """names: functions that may be called; hidden: those of `tags` that are control tokens; form: the one that a grammar
+        enforces, if it does."""
+        return (ArrayParser if form is ARRAY else self.make)(names, hidden, self.new_id)
+
+    def own_form(self, special: frozenset[str]) -> Form | None:
+        """The form in which a grammar can make a model call; it cannot write control tokens (special)."""
+        form = self.form
+        return None if form is None or any(tag in form.begin + form.open + form.close for tag in special) else form
 
 
 FAMILIES = {
     family.name: family
     for family in (
-        Family("hermes", hermes.TAGS, hermes.HermesParser),
-        Family("llama3", llama3.TAGS, llama3.LlamaParser),
-        Family("mistral", mistral.TAGS, mistral.MistralParser, _short_id),
+        Family("hermes", hermes.TAGS, hermes.HermesParser, hermes.FORM),
+        Family("llama3", llama3.TAGS, llama3.LlamaParser, llama3.FORM),
+        Family("mistral", mistral.TAGS, mistral.MistralParser, mistral.FORM, _short_id),
         Family("pythonic", pythonic.TAGS, pythonic.PythonicParser),
     )
 }

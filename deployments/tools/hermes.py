@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from deployments.tools.base import BaseParser, find_tag
 from deployments.tools.call_object import CallObject
+from deployments.tools.grammar import Form
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 TAGS = (OPEN, CLOSE)
+FORM = Form(open=OPEN + "\n", close="\n" + CLOSE, between="\n", trigger=OPEN)
 _BETWEEN = " \t\r\n,;[]}"  # a list of calls in one tag (SmolLM2), a brace too many
 
 

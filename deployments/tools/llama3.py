@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from deployments.tools.base import BaseParser, find_tag
 from deployments.tools.call_object import CallObject
+from deployments.tools.grammar import Form
 
 TAG = "<|python_tag|>"
 TAGS = (TAG,)
+FORM = Form(key="parameters", between="; ", trigger='{"name": ')
 _STARTS = (TAG, "{")
 _BETWEEN = " \t\r\n;,]}"
 

@@ -6,9 +6,11 @@ import re
 
 from deployments.tools.base import BaseParser, find_tag
 from deployments.tools.call_object import ArgumentsObject, CallObject
+from deployments.tools.grammar import Form
 
 OPEN = "[TOOL_CALLS]"
 TAGS = (OPEN, "[CALL_ID]", "[ARGS]")
+FORM = Form(begin=OPEN + "[", between=", ", end="]", trigger=OPEN + "[")
 _BETWEEN = " \t\r\n,;[]}"
 _HEAD = re.compile(r"([A-Za-z0-9_.-]{1,256})\s*(?:\[CALL_ID\][A-Za-z0-9]*)?\s*(?:\[ARGS\])?\s*(?=\{)")
 _HEAD_SO_FAR = re.compile(r"[A-Za-z0-9_.-]+\s*(?:\[[A-Za-z0-9_\]\[]*)?\s*")
@@ -23,7 +25,7 @@ class MistralParser(BaseParser):
             return self._read()
         if self._state in ("tag", "list") and (read := self._read_list()) is not None:
             return read
-        at, tag = find_tag(self._buffer, (OPEN,))
+        at, tag = find_tag(self._buffer, TAGS)
         before, self._buffer = self._buffer[:at], self._buffer[at:]
         if self._state == "broken":
             self._argue(before)
@@ -32,19 +34,30 @@ class MistralParser(BaseParser):
             self._state = "text"
         if tag is None:
             return False
+        self._buffer = self._buffer.removeprefix(tag)
+        if tag != OPEN:
+            self._misplaced(tag)
+            return True
         if self._state == "broken":
             self._skip_call()
-        self._buffer = self._buffer.removeprefix(OPEN)
         self._pend(OPEN)
         self._state = "tag"
         return True
+
+    def _misplaced(self, tag: str) -> None:
+        if self._state == "broken":
+            self._argue(tag)
+        else:
+            self._state = "text"
+            if tag not in self._hidden:
+                self._say(tag)
 
     def _read_list(self) -> bool | None:
         """What may follow the tag, or a call: an object, or what lies between two; None for anything else."""
         char = self._buffer[0]
         if char == "{":
             self._object = CallObject()
-        elif char in _BETWEEN and not OPEN.startswith(self._buffer[: len(OPEN)]):
+        elif char in _BETWEEN and not any(tag.startswith(self._buffer[: len(tag)]) for tag in TAGS):
             self._pending += char
             self._buffer = self._buffer[1:]
             if not char.isspace():

@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.grammar.walks import accepts, compiled
+
 WEATHER = {"name": "get_weather", "description": "The weather.", "parameters": {
     "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}  # fmt: skip
 TOOLS = [{"type": "function", "function": WEATHER}, {"type": "function", "function": {"name": "f"}}]
@@ -13,6 +15,7 @@ FLAT = [{"type": "function", "parameters": None, "strict": False, **tool["functi
 BLOCKS = [{"name": "get_weather", "input_schema": WEATHER["parameters"]}, {"name": "f", "input_schema": {"type": "object"}}]
 PARIS = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 TWO = f'Let me see.\n{PARIS}\n<tool_call>\n{{"name": "f", "arguments": {{}}}}\n</tool_call>'
+OTHER = PARIS.replace("get_weather", "f").replace('"city": "Paris"', "")
 USER = [{"role": "user", "content": "hi"}]
 ASK = {"model": "acme/tiny", "messages": USER, "tools": TOOLS}
 CHATML = (
@@ -33,6 +36,11 @@ def prompt(server):
 
 def calls(message):
     return [(call.function.name, call.function.arguments) for call in message.tool_calls or []]
+
+
+def allowed(mode, *names):
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
 
 
 def gathered(chunks):
@@ -119,6 +127,12 @@ def test_at_most_one_call(roomy):
         assert len(roomy.fake.aborted) == 1 + stream  # the rest is not computed
 
 
+def test_a_model_that_calls_for_ever(roomy):
+    says(roomy, PARIS * 40, group=50)
+    [choice] = roomy.client().chat.completions.create(**ASK, max_tokens=4000).choices
+    assert len(choice.message.tool_calls) == 32 and choice.finish_reason == "tool_calls"
+
+
 def test_an_answer_cut_in_a_call(roomy):
     says(roomy, PARIS)
     [choice] = roomy.client().chat.completions.create(**ASK, max_tokens=len(PARIS) - 20).choices
@@ -172,19 +186,65 @@ def test_which_tools_are_shown_and_read(roomy):
         assert answer.message.content == (None if shown else PARIS)
 
 
-def allowed(mode, *names):
-    tools = [{"type": "function", "function": {"name": name}} for name in names]
-    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+STRICT = [{"type": "function", "function": {**WEATHER, "strict": True}}]
 
 
-@pytest.mark.parametrize("field", [
-    {"tool_choice": "required"}, {"tool_choice": {"type": "function", "function": {"name": "f"}}},
-    {"tool_choice": allowed("required", "f")},
-    {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
+@pytest.mark.parametrize(("fields", "texts", "others"), [
+    ({"tool_choice": "required"}, [PARIS, f"{PARIS}\n{PARIS}"], ["", "Hm. " + PARIS]),
+    ({"tool_choice": "required", "parallel_tool_calls": False}, [PARIS], [f"{PARIS}\n{PARIS}"]),
+    ({"tool_choice": {"type": "function", "function": {"name": "get_weather"}}}, [PARIS], [f"{PARIS}\n{PARIS}", OTHER]),
+    ({"tool_choice": allowed("required", "get_weather")}, [PARIS, f"{PARIS}\n{PARIS}"], [OTHER]),
+    ({"tools": STRICT}, ["", "Hm.", "Hm. " + PARIS], [PARIS.replace("city", "town"), OTHER]),
 ])  # fmt: skip
-def test_what_comes_with_structured_output(roomy, field):
-    status, _, answer = roomy.chat(**{"tools": TOOLS, **field})
-    assert (status, answer["error"]["code"]) == (400, "unsupported_parameter")
+def test_calls_that_a_grammar_makes(roomy, fields, texts, others):
+    says(roomy, PARIS)
+    answer = roomy.chat(**{"tools": TOOLS, **fields})[2]
+    [call] = answer["choices"][0]["message"]["tool_calls"]
+    assert answer["choices"][0]["finish_reason"] == "tool_calls" and call["function"]["arguments"] == '{"city": "Paris"}'
+    grammar = compiled(roomy.fake.requests[-1].params.grammar)
+    assert all(accepts(grammar, text) for text in texts) and not any(accepts(grammar, text) for text in others)
+
+
+def test_the_same_grammar_by_every_api(roomy):
+    says(roomy, PARIS)
+    named = {"type": "function", "name": "get_weather"}
+    flat, message = [{**FLAT[0], "strict": True}], {**MESSAGE, "tools": BLOCKS[:1]}
+    for path, body in (
+        ("responses", {"input": "hi", "tools": FLAT[:1], "tool_choice": "required"}),
+        ("responses", {"input": "hi", "tools": FLAT[:1], "tool_choice": named}),
+        ("responses", {"input": "hi", "tools": flat}),
+        ("messages", {**message, "tool_choice": {"type": "any"}}),
+        ("messages", {**message, "tool_choice": {"type": "tool", "name": "get_weather"}}),
+        ("messages", {**MESSAGE, "tools": [{**BLOCKS[0], "strict": True}]}),
+    ):  # fmt: skip
+        status, _, raw = roomy.raw("POST", f"/v1/{path}", body)
+        answer = json.loads(raw)
+        [call] = answer["output" if path == "responses" else "content"]
+        assert status == 200 and call["name"] == "get_weather"
+        if body.get("tool_choice") == named:
+            assert answer["tool_choice"] == named
+    texts = [request.params.grammar.text for request in roomy.fake.requests]
+    assert texts[0] == texts[3] and texts[1] == texts[4] and texts[2] == texts[5] and len(set(texts)) == 3
+
+
+def test_a_call_without_tags_where_they_are_control_tokens(fresh_server):
+    server = fresh_server(special=("<tool_call>", "</tool_call>"), info=fresh_server.ROOMY)
+    says(server, '[{"name": "get_weather", "arguments": {"city": "Rome"}}, {"name": "f", "arguments": {}}]')
+    [choice] = server.client().chat.completions.create(**ASK, tool_choice="required").choices
+    assert calls(choice.message) == [("get_weather", '{"city": "Rome"}'), ("f", "{}")] and choice.message.content is None
+    status, _, answer = server.chat(tools=STRICT)
+    assert (status, answer["error"]["param"]) == (400, "tools") and "tool_choice" in answer["error"]["message"]
+
+
+def test_a_strict_schema_that_cannot_be_enforced(roomy):
+    bad = {"type": "object", "properties": {"a": {"type": "string", "not": {}}}}
+    tools = [*TOOLS, {"type": "function", "function": {"name": "h", "parameters": bad, "strict": True}}]
+    status, _, answer = roomy.chat(tools=tools)
+    error = answer["error"]
+    assert (status, error["param"], error["code"]) == (400, "tools[2]", "invalid_json_schema") and "/a/not" in error["message"]
+    tools[2]["function"]["strict"] = False
+    says(roomy, PARIS)
+    assert roomy.chat(tools=tools, tool_choice="required")[0] == 200
 
 
 def test_tags_that_are_control_tokens(fresh_server):
@@ -324,7 +384,7 @@ def test_messages_choices_of_tools(roomy):
 BITS = ["<tool_call>", "</tool_call>", '{"name": "f", ', '"arguments": ', "{}", "}", PARIS, "\n", " ", "Hello", "é", "<", "x"]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(text=st.lists(st.sampled_from(BITS), max_size=8).map("".join), group=st.integers(1, 9), parallel=st.booleans(),
        stop=st.lists(st.sampled_from(["x", "He", "</tool", "}", "\n", "é<"]), max_size=2, unique=True),
        max_tokens=st.integers(1, 300), include=st.booleans())  # fmt: skip

@@ -28,3 +28,9 @@ def test_what_does_not_validate_is_asked_for_again(served):
     ask = client(served, instructor.Mode.MD_JSON)
     person = ask.create(model=served.model, messages=MESSAGES, response_model=Person, max_retries=2)
     assert person.age == 36 and "age" in served.prompt and len(served.server.fake.requests) == 2
+
+
+def test_tools(served):
+    served.says('<tool_call>\n{"name": "Person", "arguments": {"name": "Ada", "age": 36}}\n</tool_call>')
+    person = client(served, instructor.Mode.TOOLS).create(model=served.model, messages=MESSAGES, response_model=Person)
+    assert (person.name, person.age) == ("Ada", 36) and "Person" in served.params.grammar.text  # a call that must be made

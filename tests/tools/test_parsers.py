@@ -83,6 +83,8 @@ def test_what_is_read(family, text, found):
 def test_tags_that_are_control_tokens_are_never_content():
     for text, found in (("a <tool_call>{", ["a {"]), ("x</tool_call>", ["x"]), ("<tool_call>{} </tool_call>y", ["{} y"])):
         assert read("hermes", [text], frozenset(FAMILIES["hermes"].tags)) == found
+    for text, found in (("[ARGS]a", ["a"]), ("[TOOL_CALLS]f[ARGS]", ["f"]), ("[TOOL_CALLS][ARGS] b", [" b"])):
+        assert read("mistral", [text], frozenset(FAMILIES["mistral"].tags)) == found
     assert read("llama3", ["<|python_tag|>1+1"], frozenset(FAMILIES["llama3"].tags)) == ["1+1"]
 
 
@@ -105,6 +107,7 @@ def test_no_cutting_changes_what_is_read(text, cuts, family, hide):
     bounds = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     assert read(family, [text[a:b] for a, b in zip(bounds, bounds[1:], strict=False)], hidden) == whole
     said = "".join(one for one in whole if isinstance(one, str))
+    assert not any(tag in said for tag in hidden if "tool_call" not in tag)  # those the bits above may also spell out
     if len(whole) == 1 and said and not hide:
         assert said == text  # without a call nothing is lost
     for _, arguments, is_whole in (one for one in whole if not isinstance(one, str)):
