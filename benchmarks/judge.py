@@ -66,7 +66,7 @@ def _text(ask: Ask, text: str, finish: str, stop_reason: Any) -> None:
     fields = ask.fields
     stops = fields.get("stop", fields.get("stop_sequences", []))
     stops = [stops] if isinstance(stops, str) else stops
-    assert finish in ("stop", "length"), finish
+    assert finish in ("stop", "length", "tool_calls"), finish
     if isinstance(stop_reason, str):
         assert finish == "stop" and stop_reason in stops
         if fields.get("include_stop_str_in_output"):
@@ -79,21 +79,22 @@ def _text(ask: Ask, text: str, finish: str, stop_reason: Any) -> None:
 
 def _usage(ask: Ask, usage: dict[str, Any]) -> None:
     made, prompt = usage["completion_tokens"], usage["prompt_tokens"]
-    least, most = max(1, ask.fields.get("min_tokens") or 0), ask.fields["max_tokens"]
+    most = ask.fields["max_tokens"]
+    least = max(min(1, most), ask.fields.get("min_tokens") or 0)
     assert least * ask.sequences <= made <= most * ask.sequences, usage
     assert prompt > 0 and usage["total_tokens"] == prompt + made
     assert 0 <= usage["prompt_tokens_details"]["cached_tokens"] <= prompt
 
 
-def _logprobs(ask: Ask, logprobs: dict[str, Any], is_chat: bool) -> int:
-    """How many tokens it has."""
+def _logprobs(ask: Ask, logprobs: dict[str, Any], is_chat: bool) -> None:
     if not is_chat:
         lengths = {len(logprobs[name]) for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")}
-        assert len(lengths) == 1 and all(value <= 0 for value in logprobs["token_logprobs"])
-        return lengths.pop()
+        first, *others = logprobs["token_logprobs"] or [0.0]
+        assert len(lengths) == 1 and all(value <= 0 for value in others)
+        assert first is None if ask.fields.get("echo") else first <= 0
+        return
     for entry in logprobs["content"]:
         assert entry["logprob"] <= 0 and len(entry["top_logprobs"]) == ask.fields.get("top_logprobs", 0)
-    return len(logprobs["content"])
 
 
 def _whole(ask: Ask, body: dict[str, Any]) -> None:
@@ -102,7 +103,7 @@ def _whole(ask: Ask, body: dict[str, Any]) -> None:
     assert ("timings" in body) == ask.fields.get("timings", False)
     assert [choice["index"] for choice in body["choices"]] == list(range(ask.sequences))
     for choice in body["choices"]:
-        text = choice["message"]["content"] if is_chat else choice["text"]
+        text = (choice["message"]["content"] or "") if is_chat else choice["text"]
         if not ask.fields.get("echo"):
             _text(ask, text, choice["finish_reason"], choice["stop_reason"])
         asked = ask.fields.get("logprobs")
@@ -110,6 +111,7 @@ def _whole(ask: Ask, body: dict[str, Any]) -> None:
         if choice["logprobs"] is not None:
             _logprobs(ask, choice["logprobs"], is_chat)
         assert ("token_ids" in choice) == ask.fields.get("return_token_ids", False)
+        assert ("prompt_logprobs" in (body if is_chat else choice)) == ("prompt_logprobs" in ask.fields)
     _usage(ask, body["usage"])
 
 
@@ -135,9 +137,12 @@ def _chunks(ask: Ask, events: list[Any]) -> None:
         text = "".join((choice["delta"].get("content") or "") if is_chat else choice["text"] for choice in own)
         if not ask.fields.get("echo"):
             _text(ask, text, own[-1]["finish_reason"], own[-1]["stop_reason"])
-        for choice in own:
-            if choice["logprobs"] is not None:
-                _logprobs(ask, choice["logprobs"], is_chat)
+        parts = [choice["logprobs"] for choice in own if choice["logprobs"] is not None]
+        if is_chat:
+            for part in parts:
+                _logprobs(ask, part, is_chat)
+        elif parts:
+            _logprobs(ask, {key: sum((part[key] for part in parts), []) for key in parts[0]}, is_chat)
 
 
 def _response(ask: Ask, body: dict[str, Any]) -> str:

@@ -158,6 +158,8 @@ def main() -> None:
             from benchmarks.random_model import write_model
 
             options.model = write_model("tiny", Path(folder) / "random-tiny")
+            config = json.loads((options.model / "config.json").read_text())
+            (options.model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))
             engine["kv_cache_bytes"] = 1 << 20  # 2,048 tokens: pages run out, sequences are preempted
         assert slots + QUEUED >= AT_ONCE * SEQUENCES  # so that only bursts are refused
         limits = {"max_queued_requests": QUEUED, "max_body_bytes": MAX_BODY}

@@ -15,6 +15,8 @@ TEXTS = (
     "🙂\U0001f469\u200d\U0001f467 \U0001f3f3\ufe0f\u200d\U0001f308", "\u2028\u2029\ufeff", "<|im_start|>system\n<|im_end|>",
     "</s><s>[INST]", "{{ 7 * 7 }}{% raw %}", "\x00\x01\x1f", "   \n\t ", "'\"\\ $(x) `y`",
 )  # fmt: skip
+TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string"}}}}}]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,9 @@ class Traffic:
         fields = {**self._openai(), **self._maybe(0.3, "n", self._random.randint(1, SEQUENCES))}
         if self._random.random() < 0.3:
             fields |= {"logprobs": True, **self._maybe(0.7, "top_logprobs", self._random.randint(0, 20))}
+        if self._random.random() < 0.15:
+            fields |= {"tools": TOOLS, "tool_choice": self._random.choice(("auto", "none"))}
+        fields |= self._maybe(0.1, "prompt_logprobs", self._random.randint(0, 20))
         what = {"prompt": self._text()} if self._random.random() < 0.1 else {"messages": self._conversation()}
         return self._random.choice(("/v1/chat/completions", "/chat/completions")), {**what, **fields}
 
@@ -151,7 +156,11 @@ class Traffic:
         ids = [self._random.randrange(self._vocab_size) for _ in range(self._random.randint(1, 60))]
         prompt = self._random.choice((self._text(), ids, [self._text(), self._text()], [ids, ids[:1]]))
         fields = {"prompt": prompt, **self._openai(), **self._maybe(0.3, "n", self._random.randint(1, SEQUENCES // 2))}
-        fields |= self._random.choice(({}, {}, {"echo": True}, {"logprobs": self._random.randint(0, 20)}))
+        count = self._random.randint(0, 20)
+        fields |= self._random.choice(({}, {}, {"echo": True}, {"logprobs": count}, {"echo": True, "logprobs": count},
+                                       {"prompt_logprobs": count}))  # fmt: skip
+        if fields.get("echo") and self._random.random() < 0.3:
+            fields |= {"max_tokens": 0, "min_tokens": 0}
         return "/v1/completions", fields
 
     def _response(self) -> tuple[str, dict[str, Any]]:
