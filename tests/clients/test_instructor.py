@@ -34,3 +34,10 @@ def test_tools(served):
     served.says('<tool_call>\n{"name": "Person", "arguments": {"name": "Ada", "age": 36}}\n</tool_call>')
     person = client(served, instructor.Mode.TOOLS).create(model=served.model, messages=MESSAGES, response_model=Person)
     assert (person.name, person.age) == ("Ada", 36) and "Person" in served.params.grammar.text  # a call that must be made
+
+
+@pytest.mark.parametrize("mode", ["JSON", "JSON_SCHEMA"])
+def test_constrained(served, mode, formats):
+    served.says('{"name": "Ada", "age": 36}')
+    person = client(served, instructor.Mode[mode]).create(model=served.model, messages=MESSAGES, response_model=Person)
+    assert (person.name, person.age) == ("Ada", 36) and served.params.grammar is not None

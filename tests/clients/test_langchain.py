@@ -1,4 +1,5 @@
 import pytest
+from pydantic import BaseModel
 
 langchain = pytest.importorskip("langchain_openai")
 
@@ -56,3 +57,18 @@ def test_the_responses_api(served):
 def test_completions(served):
     text = langchain.OpenAI(model=served.model, base_url=served.base_url, api_key="none", max_retries=0)
     assert text.invoke("hi") == "Hello world!" == "".join(text.stream("hi"))
+
+
+class Person(BaseModel):
+    """A person."""
+
+    name: str
+    age: int
+
+
+@pytest.mark.parametrize("method", ["json_schema", "json_mode", "function_calling"])
+def test_structured_output(served, chat, method, formats):
+    text = '{"name": "Ada", "age": 36}'
+    served.says(f'<tool_call>\n{{"name": "Person", "arguments": {text}}}\n</tool_call>' if "function" in method else text)
+    assert chat.with_structured_output(Person, method=method).invoke("Ada is 36.") == Person(name="Ada", age=36)
+    assert served.params.grammar is not None

@@ -1,4 +1,5 @@
 import pytest
+from pydantic import BaseModel
 
 litellm = pytest.importorskip("litellm")
 
@@ -49,3 +50,17 @@ def test_text_completion(served):
     answer = litellm.text_completion(model=f"text-completion-openai/{served.model}", prompt="hi", api_base=served.base_url,
                                      api_key="none")  # fmt: skip
     assert answer.choices[0].text == "Hello world!"
+
+
+class Person(BaseModel):
+    name: str
+    age: int
+
+
+def test_structured_output(served, formats):
+    served.says('{"name": "Ada", "age": 36}')
+    for model in ("openai", "hosted_vllm"):
+        answer = litellm.completion(model=f"{model}/{served.model}", messages=MESSAGES, response_format=Person,
+                                    api_base=served.base_url, api_key="none")  # fmt: skip
+        assert Person.model_validate_json(answer.choices[0].message.content).age == 36
+        assert served.params.grammar is not None

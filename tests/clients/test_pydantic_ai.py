@@ -1,6 +1,7 @@
 import asyncio
 
 import pytest
+from pydantic import BaseModel
 
 pydantic_ai = pytest.importorskip("pydantic_ai")
 
@@ -40,3 +41,19 @@ def test_tools(served, model):
     assert agent.run_sync("hi").output == "It is sunny."
     assert served.params.grammar is not None  # it asks for strict arguments by itself
     assert "Sun in Paris" in served.prompt
+
+
+class Person(BaseModel):
+    name: str
+    age: int
+
+
+def test_native_output(served, model, formats):
+    served.says('{"name": "Ada", "age": 36}')
+    agent = pydantic_ai.Agent(model, output_type=pydantic_ai.NativeOutput(Person))
+    assert agent.run_sync("hi").output == Person(name="Ada", age=36) and served.params.grammar is not None
+
+
+def test_typed_output(served, model):
+    served.says('<tool_call>\n{"name": "final_result", "arguments": {"name": "Ada", "age": 36}}\n</tool_call>')
+    assert pydantic_ai.Agent(model, output_type=Person).run_sync("hi").output == Person(name="Ada", age=36)
