@@ -70,6 +70,9 @@ class FakeEngine:
         self._on_step = on_step
         self._thread.start()
 
+    def prepare(self, request: Request) -> None:
+        """Nothing to compile: its tokens are what they are."""
+
     def submit(self, request: Request) -> None:
         if not self.alive:
             raise EngineDead(f"the engine is not running: {self.failure or self.stage}")

@@ -36,6 +36,7 @@ class EngineLike(Protocol):
     @property
     def alive(self) -> bool: ...
     def start(self, on_step: Callable[[list[TokenEvent]], None]) -> None: ...
+    def prepare(self, request: Request) -> object: ...
     def submit(self, request: Request) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def stats(self) -> EngineStats: ...
@@ -134,7 +135,7 @@ class ModelReplica:
             return ("lost", f"the model replica cannot reach the Api replica at {reply_to.host}:{reply_to.port}: "
                             f"{error}; transport: handle does without this connection")  # fmt: skip
         job = Job(self._loop.create_future(), link=link, rid=rid)
-        refusal = self._submit(request, job)
+        refusal = await self._prepare(request) or self._submit(request, job)
         if refusal is not None:
             return refusal
         try:
@@ -146,7 +147,7 @@ class ModelReplica:
         """The same over the call itself: packed lists of events, or one Outcome that says why there are none."""
         stream = Stream(request.request_id)
         job = Job(self._loop.create_future(), stream=stream)
-        refusal = self._submit(request, job)
+        refusal = await self._prepare(request) or self._submit(request, job)
         if refusal is not None:
             yield refusal
             return
@@ -183,6 +184,15 @@ class ModelReplica:
         self._links.close()
 
     # ---- between the engine's thread and the event loop ------------------------------------------------------------
+
+    async def _prepare(self, request: Request) -> Outcome | None:
+        """Compile a grammar while others are served."""
+        if request.params.grammar is not None:
+            try:
+                await asyncio.to_thread(self._engine.prepare, request)
+            except RequestError as error:
+                return ("refused", str(error), error.param, error.code)
+        return None
 
     def _submit(self, request: Request, job: Job) -> Outcome | None:
         key = request.request_id

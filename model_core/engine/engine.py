@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from model_core.engine.clock import MOST_AHEAD, Span
 from model_core.engine.config import EngineConfig
@@ -26,6 +26,9 @@ from model_core.engine.request import EngineInfo, EngineStats, FinishReason, Pro
 from model_core.engine.sequence import Sequence
 from model_core.engine.validate import validate
 from model_core.errors import EngineDead, RequestError
+
+if TYPE_CHECKING:
+    from model_core.grammar.matcher import Compiled
 
 logger = logging.getLogger("mini_llm.engine")
 
@@ -57,7 +60,7 @@ class Engine:
         self.records = StepRing()
         self.stage = "not started"  # what the thread does now, for the watchdog's message
         self.failure: str | None = None
-        self._inbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[Request, Compiled | None] | str | None] = queue.SimpleQueue()
         self._gate = threading.Lock()
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -94,18 +97,29 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queue a request; its events follow through on_step. Raises RequestError at once if it can never be served
-        (values out of range, too long), EngineDead if nobody would answer."""
+        (values out of range, too long), EngineDead if nobody would answer. Compiles its grammar unless `prepare` did."""
         if not self.alive:
             raise EngineDead(f"the engine is not running: {self.failure or self.stage}")
-        validate(request, self.info.vocab_size)
-        check_request(request, self.parts.limits, self.parts.scheduler.pool)
+        grammar = self.prepare(request)
         if self.parts.scheduler.get(request.request_id) is not None:
             raise RequestError(f"request_id {request.request_id!r} is in use by a live request: ids must be unique",
                                param="request_id", code="duplicate_request_id")
         with self._gate:  # the thread that ends has answered all that is in the inbox by then, and takes no more
             if self._closed:
                 raise EngineDead(f"the engine is not running: {self.failure or self.stage}")
-            self._inbox.put(request)
+            self._inbox.put((request, grammar))
+
+    def prepare(self, request: Request) -> Compiled | None:
+        """Check a request and compile its grammar, if it has one: blocks for as long as that takes. Raises RequestError."""
+        validate(request, self.info.vocab_size)
+        check_request(request, self.parts.limits, self.parts.scheduler.pool)
+        spec = request.params.grammar
+        if spec is None:
+            return None
+        if not (self.info.eos_ids or request.params.stop_ids):
+            raise RequestError(f"this model has no end token: {spec.param} needs stop_token_ids", param="stop_token_ids",
+                               code="invalid_value")  # fmt: skip
+        return self.parts.grammars.get(spec)
 
     def abort(self, request_id: str) -> None:
         """End a request; its last event has finish "abort". Unknown ids are ignored."""
@@ -133,6 +147,7 @@ class Engine:
         self._inbox.put(None)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=60)
+        self.parts.grammars.close()
 
     # ---- the engine's thread -----------------------------------------------------------------------------------
 
@@ -157,7 +172,7 @@ class Engine:
             self._closed = True
             while not self._inbox.empty():
                 item = self._inbox.get()
-                unread += [item.request_id] if isinstance(item, Request) else []
+                unread += [item[0].request_id] if isinstance(item, tuple) else []
         for request_id in [*self.parts.scheduler.reasons(), *unread]:
             self._events.append(TokenEvent(request_id, [], reason, error=self.failure and f"engine: {self.failure}"))
         try:
@@ -179,8 +194,8 @@ class Engine:
                 return
             wait = False
             self._progress_at = time.monotonic()
-            if isinstance(item, Request):
-                self._add(item)
+            if isinstance(item, tuple):
+                self._add(*item)
             elif item is not None:
                 self._left.discard(item)
                 self._abort(item)
@@ -189,11 +204,11 @@ class Engine:
         if self.parts.scheduler.abort(request_id):
             self._events.append(TokenEvent(request_id, [], "abort"))
 
-    def _add(self, request: Request) -> None:
+    def _add(self, request: Request, grammar: Compiled | None) -> None:
         if request.params.seed is None:  # fixed now, so that a preempted sequence goes on with the same noise
             request = replace(request, params=replace(request.params, seed=self._seeds.getrandbits(63)))
         try:
-            self.parts.scheduler.add(request)
+            self.parts.scheduler.add(request, grammar)
         except RequestError as error:  # only a duplicate id comes as far as this
             logger.warning("refused a request: %s", error)
 
@@ -209,8 +224,10 @@ class Engine:
     def _lookahead(self, flights: deque[Launched]) -> int:
         """Steps that may be in flight while another one is launched. One hides a turn of this thread, but not the pause that it
         makes when another thread has the interpreter: short decode steps that last as long are launched while nobody waits.
-        A request that comes then waits for them, and of a sequence that stops so many rows are computed in vain."""
-        if self._inbox.qsize() or self.parts.scheduler.waiting or not flights or flights[-1].flight.plan.chunks:
+        A request that comes then waits for them, and of a sequence that stops so many rows are computed in vain. One with a
+        grammar takes part in a step only when its token of the step before is known: in every other one beside others."""
+        s = self.parts.scheduler
+        if self._inbox.qsize() or s.waiting or s.constrained or not flights or flights[-1].flight.plan.chunks:
             return min(1, self._most_ahead)
         return min(self._most_ahead, max(1, -(-_PAUSE_US // max(1, self.records.gpu_us))))
 
@@ -264,8 +281,9 @@ class Engine:
         self.stage = f"emitting step {step}"
         sampling = flight.plan.sampling
         self._tell_scored(scored)
-        for seq in [seq for seq, token in zip(sampling, tokens, strict=True) if token < 0 and seq.finish is None]:
-            self._fail(seq.request_id, "the model produced logits that are not finite numbers")
+        for seq, token in zip(sampling, tokens, strict=True):
+            if token < 0 and seq.finish is None:
+                self._fail(seq.request_id, _why_none(seq, token))
         ended = set(self.parts.scheduler.commit(flight.plan, tokens))
         events = [_event((seq.request_id, [token], seq.finish, logprobs.get(place), None, 0, None, None))
                   for place, (seq, token) in enumerate(zip(sampling, tokens, strict=True))
@@ -305,6 +323,14 @@ class Engine:
         if self._events:
             events, self._events = self._events, []
             self._on_step(events)
+
+
+def _why_none(seq: Sequence, token: int) -> str:
+    """token: what a sampler gives that cannot choose."""
+    if token == -1 or seq.matcher is None:
+        return "the model produced logits that are not finite numbers"
+    return seq.matcher.failure or ("its grammar allows nothing but an end here, and min_tokens no end yet"
+                                   if seq.num_output < seq.request.params.min_tokens else "its grammar allows no token here")
 
 
 def _yield_to_others() -> None:

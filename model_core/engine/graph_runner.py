@@ -25,7 +25,7 @@ from model_core.engine.memory import available_host_memory
 from model_core.engine.packed import Packed
 from model_core.engine.plan import Limits, Scheduled, Scored, StepPlan
 from model_core.engine.rules import SlotRules
-from model_core.engine.runner import EVERY_SAMPLER_STEP, InFlight, Part, forbidden_in, to_host
+from model_core.engine.runner import EVERY_SAMPLER_STEP, InFlight, Part, forbidden_in, masks_of, to_host
 from model_core.engine.sampler import Sampled, Sampler, divisor
 from model_core.engine.scores import Scorer, sent
 from model_core.engine.sequence import Sequence
@@ -192,7 +192,8 @@ class GraphRunner:
 
     def _sampled(self, flight: InFlight, places: np.ndarray, special: list[tuple[int, Scheduled]], logits: torch.Tensor,
                  out: torch.Tensor, host: torch.Tensor) -> None:  # fmt: skip
-        """Bring a graph's tokens to the host. Rows that ask for log-probabilities are sampled again, op by op."""
+        """Bring a graph's tokens to the host. Rows that ask for log-probabilities or have a grammar are sampled again,
+        op by op."""
         count = len(places)
         flight.parts.append(Part(places, Sampled(host[:count].copy_(out[:count], non_blocking=True))))
         # torch may divide its sums by the number of rows
@@ -205,7 +206,8 @@ class GraphRunner:
         slots = self._send([entry.seq.slot for entry in chosen])
         positions = self._send([entry.start + entry.count for entry in chosen])
         params = [entry.seq.request.params for entry in chosen]
-        sampled = self.sampler.sample(logits[self._send(rows)], slots, positions, params, forbidden_in(chosen))
+        masks = masks_of(chosen, self.sampler.vocab_size, self.device)
+        sampled = self.sampler.sample(logits[self._send(rows)], slots, positions, params, forbidden_in(chosen), masks)
         self.state.last_token[slots] = sampled.tokens.clamp(min=0)
         return sampled
 
@@ -253,7 +255,7 @@ class GraphRunner:
         with timed("sampler"):
             slots = torch.zeros(1, dtype=torch.int64, device=self.device)
             for params in EVERY_SAMPLER_STEP:
-                self.sampler.sample(self.prefills.logits[:1].clone(), slots, slots, [params], [])
+                self.sampler.sample(self.prefills.logits[:1].clone(), slots, slots, [params], [], self.sampler.no_masks(1))
         with timed("graphs"):
             if self.decodes is not None:
                 self.decodes.get(self.decodes.buckets[0], self.decodes.lengths[0])

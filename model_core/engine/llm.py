@@ -13,9 +13,7 @@ from typing import Any
 
 from model_core.engine.config import EngineConfig
 from model_core.engine.engine import Engine
-from model_core.engine.plan import check_request
 from model_core.engine.request import FinishReason, PromptLogprobs, Request, SamplingParams, TokenEvent, TokenLogprobs
-from model_core.engine.validate import validate
 from model_core.errors import EngineDead, RequestError
 from model_core.tokenizer.detokenizer import Detokenizer
 from model_core.tokenizer.load import load_tokenizer
@@ -156,9 +154,7 @@ class _Stream:
 
     def check(self) -> None:
         """Raises RequestError if it can never be served."""
-        parts, request = self._llm.engine.parts, Request("check", self._prompt_ids, self._params)
-        validate(request, parts.model.vocab_size)
-        check_request(request, parts.limits, parts.scheduler.pool)
+        self._llm.engine.prepare(Request("check", self._prompt_ids, self._params))
 
     def start(self) -> None:
         self._key, self._events = self._llm._submit(self._prompt_ids, self._params)

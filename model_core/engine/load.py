@@ -7,7 +7,9 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,7 +24,8 @@ from model_core.engine.plan import Limits
 from model_core.engine.runner import Runner, StepRunner
 from model_core.engine.scheduler import Scheduler
 from model_core.engine.startup import StartUp
-from model_core.errors import ConfigError
+from model_core.errors import CheckpointError, ConfigError
+from model_core.grammar.compiler import Compiler
 from model_core.kernels.linear import packing_works
 from model_core.model.config import ModelConfig
 from model_core.model.kv import KVCache
@@ -31,6 +34,9 @@ from model_core.model.parameters import Parameters
 from model_core.weights.checkpoint import Checkpoint, open_checkpoint
 from model_core.weights.load import empty_parameters, fill, targets_of
 from model_core.weights.progress import Progress, format_bytes
+
+if TYPE_CHECKING:
+    from model_core.grammar.matcher import Vocabulary
 
 logger = logging.getLogger("mini_llm.engine")
 
@@ -48,6 +54,7 @@ class Parts:
     runner: StepRunner
     scheduler: Scheduler
     startup: StartUp = field(default_factory=StartUp)
+    grammars: Compiler = field(default_factory=lambda: Compiler(_no_tokens))  # an engine of parameters alone has none
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,10 @@ class Placement:
     dtype: torch.dtype
     limits: Limits
     ledger: Ledger
+
+
+def _no_tokens() -> Vocabulary:
+    raise CheckpointError("it was loaded without its tokenizer")
 
 
 def gpu_names() -> list[str]:
@@ -103,7 +114,16 @@ def load_parts(path: Path, config: EngineConfig) -> Parts:
     another one, a decode step of SmolLM2 takes 40 ms on 2 cores instead of 28.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="load") as thread:
-        return thread.submit(_load_parts, path, config).result()
+        parts = thread.submit(_load_parts, path, config).result()
+    parts.grammars = Compiler(partial(_vocabulary, path, parts.model))
+    return parts
+
+
+def _vocabulary(path: Path, model: ModelConfig) -> Vocabulary:
+    from model_core.grammar.matcher import Vocabulary
+    from model_core.tokenizer.load import load_tokenizer
+
+    return Vocabulary(load_tokenizer(path).byte_table(skip_special_tokens=True), model.vocab_size, model.eos_ids)
 
 
 def _load_parts(path: Path, config: EngineConfig) -> Parts:

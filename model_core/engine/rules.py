@@ -55,7 +55,8 @@ class SlotRules:
         asks for: it must then be sampled by engine/sampler.py, and is left alone here."""
         slot, params = seq.slot, seq.request.params
         assert slot is not None
-        possible = params.logprobs is None and not (params.min_tokens and len(seq.stop_ids) > at.MAX_STOPS)
+        possible = (params.logprobs is None and seq.matcher is None
+                    and not (params.min_tokens and len(seq.stop_ids) > at.MAX_STOPS))  # fmt: skip
         row = rules_of(params, seq.stop_ids, seq.num_prompt, self.vocab_size) if possible else None
         if row is not None and uses_penalties(params):
             self._send(count_tokens(seq.tokens, seq.num_prompt, self.vocab_size), self.state.counts[slot])

@@ -38,7 +38,7 @@ class InFlight:
     scores: list[Scores] = field(default_factory=list)
 
     def collect(self) -> tuple[list[int], dict[int, list[TokenLogprobs]]]:
-        """Token ids (-1: the logits were not finite) of plan.sampling and, where asked for, log-probabilities by place."""
+        """Token ids (negative: see Sampled) of plan.sampling and, where asked for, log-probabilities by place."""
         self.span.wait()
         sampling = self.plan.sampling
         tokens = np.zeros(len(sampling) + 1, dtype=np.int64)  # the last one is nobody's
@@ -122,7 +122,8 @@ class Runner:
         slots = self._send(np.array([entry.seq.slot for entry in rows], dtype=np.int64))
         positions = self._send(np.array([entry.start + entry.count for entry in rows], dtype=np.int64))
         params = [entry.seq.request.params for entry in rows]
-        sampled = self.sampler.sample(logits, slots, positions, params, forbidden_in(rows))
+        masks = masks_of(rows, self.sampler.vocab_size, self.device)
+        sampled = self.sampler.sample(logits, slots, positions, params, forbidden_in(rows), masks)
         self.last_token[slots] = sampled.tokens.clamp(min=0)
         return sampled
 
@@ -194,7 +195,7 @@ class Runner:
                 logits = self.model.forward(self._dummy(queries, contexts), self.kv)
         slots = torch.zeros(1, dtype=torch.int64, device=self.device)
         for params in EVERY_SAMPLER_STEP:
-            self.sampler.sample(logits[:1].clone(), slots, slots, [params], [])
+            self.sampler.sample(logits[:1].clone(), slots, slots, [params], [], self.sampler.no_masks(1))
         torch.cuda.synchronize()
 
     def _dummy(self, queries: tuple[int, ...], contexts: tuple[int, ...]) -> Batch:
@@ -222,6 +223,21 @@ def forbidden_in(rows: list[Scheduled]) -> list[tuple[int, tuple[int, ...]]]:
         if chosen < seq.request.params.min_tokens and seq.stop_ids:
             found.append((row, tuple(seq.stop_ids)))
     return found
+
+
+def masks_of(rows: list[Scheduled], vocab_size: int, device: torch.device) -> torch.Tensor | None:
+    """What the grammars of these sequences allow next, as `Sampler.sample` takes it; None if they have none."""
+    if all(entry.seq.matcher is None for entry in rows):
+        return None
+    masks = torch.empty((len(rows), -(-vocab_size // 32)), dtype=torch.int32, pin_memory=device.type == "cuda")
+    bits = masks.numpy()
+    for row, (seq, *_) in enumerate(rows):
+        if seq.matcher is None:
+            bits[row] = -1
+        else:
+            seq.matcher.follow(seq.tokens, seq.num_prompt)
+            seq.matcher.fill(bits, row)
+    return masks.to(device, non_blocking=True)
 
 
 EVERY_SAMPLER_STEP = (

@@ -17,7 +17,8 @@ _COLDEST = 1e-6  # logits divided by less than this may leave float32; greedy al
 
 @dataclass
 class Sampled:
-    """Results of one step, still on the device. `tokens` is -1 where the logits were not finite."""
+    """Results of one step, still on the device. `tokens` is -1 where the logits were not finite, and -2 where every token was
+    forbidden."""
 
     tokens: torch.Tensor  # int64 [R]
     logprob: torch.Tensor | None = None  # float32 [R], of the sampled token
@@ -50,6 +51,8 @@ class Sampler:
         self.counts = torch.zeros((max_seqs, vocab_size), dtype=torch.int32, device=device)
         self.bias_ids = torch.zeros((max_seqs, MAX_LOGIT_BIAS), dtype=torch.int64, device=device)
         self.bias_values = torch.zeros((max_seqs, MAX_LOGIT_BIAS), dtype=torch.float32, device=device)
+        bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)
+        self._zeros = (bits & 1) == 0  # bool [256, 8]: which bits of a byte are not set, lowest first
 
     def assign(self, slot: int, params: SamplingParams, seed: int, tokens: list[int], num_prompt: int) -> None:
         """Fill a slot for a sequence that starts or resumes (after preemption `tokens` holds its output so far)."""
@@ -69,7 +72,8 @@ class Sampler:
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor,
-               params: list[SamplingParams], forbidden: list[tuple[int, tuple[int, ...]]]) -> Sampled:
+               params: list[SamplingParams], forbidden: list[tuple[int, tuple[int, ...]]],
+               masks: torch.Tensor | None = None) -> Sampled:
         """Choose one token per row.
 
         Args:
@@ -79,6 +83,7 @@ class Sampler:
             params: [R] on the host, to leave out what no row asks for. Which steps run never changes a row's result:
                 each is the identity for rows that do not use it.
             forbidden: (row, token ids) that may not be chosen: the ends of a sequence before its min_tokens.
+            masks: int32 [R, ceil(vocab / 32)] on the device, a bit per token that a row's grammar allows, lowest bit first.
         """
         finite = torch.isfinite(logits.amax(-1)) & torch.isfinite(logits.amin(-1))
         result = Sampled(tokens=slots)
@@ -97,6 +102,9 @@ class Sampler:
             logits[rows] = self._penalised(logits[rows], slots[rows])
         for row, ids in forbidden:
             logits[row, list(ids)] = -torch.inf
+        if masks is not None:
+            logits.masked_fill_(self._zeros[masks.view(torch.uint8).long()].flatten(1)[:, : self.vocab_size], -torch.inf)
+        stuck = logits.amax(-1) == -torch.inf if masks is not None else None
         tokens = logits.argmax(dim=-1)
         rows = [i for i, p in enumerate(params) if p.temperature > 0]
         if rows:
@@ -107,7 +115,13 @@ class Sampler:
         if raw is not None:
             result.logprob = raw.gather(1, tokens[:, None]).squeeze(1)
         result.tokens = torch.where(finite, tokens, -1)
+        if stuck is not None:
+            result.tokens = torch.where(finite & stuck, -2, result.tokens)
         return result
+
+    def no_masks(self, rows: int) -> torch.Tensor:
+        """Masks that allow every token."""
+        return torch.full((rows, -(-self.vocab_size // 32)), -1, dtype=torch.int32, device=self.device)
 
     def _penalised(self, logits: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """Repetition penalty (Keskar et al. 2019) over prompt and output; presence and frequency over output."""

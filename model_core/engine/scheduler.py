@@ -19,9 +19,10 @@ Policy
 
 Steps ahead. `schedule` may be called again before the plans before it are committed, so that the host works
 while the device does. The token that a step in flight will sample is then counted in `total` but not known;
-max_tokens is, so no step is scheduled past it. A step that was scheduled past a stop is computed and its result
-dropped. Pages and slot of a sequence that left are released when the last plan that uses them is committed. A page
-enters the prefix index at the commit of the plan that filled it, never while its write is in flight.
+max_tokens is, so no step is scheduled past it; and a sequence with a grammar waits until it is known. A step that was
+scheduled past a stop is computed and its result dropped. Pages and slot of a sequence that left are released when the
+last plan that uses them is committed. A page enters the prefix index at the commit of the plan that filled it, never
+while its write is in flight.
 """
 
 from __future__ import annotations
@@ -32,12 +33,16 @@ from collections import deque
 from collections.abc import Iterable
 from heapq import heapify, heappop, heappush
 from operator import attrgetter
+from typing import TYPE_CHECKING
 
 from model_core.cache.pages import PagePool
 from model_core.engine.plan import Limits, Scheduled, Scored, StepPlan, check_request
 from model_core.engine.request import FinishReason, Request
 from model_core.engine.sequence import Reason, Sequence, State
 from model_core.errors import RequestError
+
+if TYPE_CHECKING:
+    from model_core.grammar.matcher import Compiled
 
 _rank = attrgetter("rank")
 
@@ -65,6 +70,7 @@ class Scheduler:
         self._preempted: list[str] = []  # since the last plan
         self._head: tuple[Sequence, int] | None = None  # head of the queue and how many pages it waits for
         self._arrivals = 0
+        self.constrained = 0  # live sequences with a grammar
         self._steps = 0
 
     @property
@@ -94,13 +100,14 @@ class Scheduler:
         return {key: seq.reason if seq.state is State.RUNNING or seq.reason is not Reason.NONE else Reason.PRIORITY
                 for key, seq in self._live.items()}
 
-    def add(self, request: Request) -> Sequence:
+    def add(self, request: Request, grammar: Compiled | None = None) -> Sequence:
         """Queue a request. Raises RequestError, with the numbers, if it could never finish or its id is in use."""
         if request.request_id in self._live:
             raise RequestError(f"request_id {request.request_id!r} is in use by a live request: ids must be unique",
                                param="request_id", code="duplicate_request_id")
         check_request(request, self.limits, self.pool)
-        seq = Sequence.of(request, self._arrivals, self._eos_ids)
+        seq = Sequence.of(request, self._arrivals, self._eos_ids, grammar)
+        self.constrained += seq.matcher is not None
         self._arrivals += 1
         self._live[request.request_id] = seq
         heappush(self._queue, (seq.rank, seq))
@@ -150,6 +157,8 @@ class Scheduler:
             if total - start > 1:
                 begun.append(seq)
             elif total < seq.limit:  # else its last token is in flight
+                if seq.matcher is not None and seq.pending:
+                    continue  # what may come next depends on that token
                 if start >= len(seq.block_table) * page_size:
                     if not self._grow(seq, short):
                         short += 1
@@ -343,6 +352,7 @@ class Scheduler:
 
     def _end(self, seq: Sequence, reason: FinishReason) -> None:
         del self._live[seq.request_id]
+        self.constrained -= seq.matcher is not None
         seq.finish = reason
         if reason == "error":  # whatever made it fail may lie in its pages
             self.pool.forget(seq.block_table)

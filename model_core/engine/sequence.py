@@ -5,9 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from model_core.cache.prefix import Node
 from model_core.engine.request import FinishReason, Request, TokenEvent
+
+if TYPE_CHECKING:
+    from model_core.grammar.matcher import Compiled, Matcher
 
 
 class State(Enum):
@@ -39,6 +43,8 @@ class Sequence:
     in_flight       scheduled plans, not committed yet, that use this sequence's pages
     admissions      times it was admitted: 1 + times it came back after a preemption
     scored          prompt positions whose logits were asked for, or need not be: see Scored
+    matcher         says what its grammar allows next, from the tokens that the host knows; None without a grammar. So such a
+                    sequence is not scheduled while a token of it is in flight
 
     Invariants: computed < total <= limit, len(tokens) <= total, and pages cover every computed token.
     """
@@ -64,16 +70,19 @@ class Sequence:
     indexed: int = 0  # pages of the block table that the prefix index was told about
     node: Node | None = None  # of the last of them
     scored: int = 0
+    matcher: Matcher | None = None
     arrived_at: float = field(default_factory=time.perf_counter)
     admitted_at: float = 0.0  # for the first time
 
     @classmethod
-    def of(cls, request: Request, arrival: int, eos_ids: frozenset[int] = frozenset()) -> Sequence:
+    def of(cls, request: Request, arrival: int, eos_ids: frozenset[int] = frozenset(),
+           grammar: Compiled | None = None) -> Sequence:  # fmt: skip
         """A new, waiting sequence. eos_ids: of the model; added to the stop ids unless the request ignores them."""
         params, prompt = request.params, len(request.prompt_ids)
         stop_ids = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else eos_ids)
         return cls(request, request.request_id, arrival, stop_ids if params.max_tokens else frozenset(),
-                   list(request.prompt_ids), prompt, prompt + max(1, params.max_tokens), prompt, (request.priority, arrival))
+                   list(request.prompt_ids), prompt, prompt + max(1, params.max_tokens), prompt, (request.priority, arrival),
+                   matcher=grammar.matcher(stop_ids) if grammar is not None and params.max_tokens else None)
 
     @property
     def num_output(self) -> int:

@@ -36,8 +36,9 @@ def validate(request: Request, vocab_size: int) -> None:
         _between("seed", p.seed, -(1 << 63), (1 << 63) - 1)
     _size("logit_bias", len(p.logit_bias), MAX_LOGIT_BIAS)
     _size("stop_token_ids", len(p.stop_ids), MAX_STOP_IDS)
-    if p.grammar is not None:
-        raise RequestError("this engine cannot constrain its output yet", param=p.grammar.param, code="unsupported_parameter")
+    if p.grammar is not None and p.ignore_eos and not p.stop_ids:
+        raise RequestError(f"ignore_eos with {p.grammar.param} needs stop_token_ids: nothing could end the text otherwise",
+                           param="ignore_eos", code="invalid_value")  # fmt: skip
     for value in p.logit_bias.values():
         _between("logit_bias", value, -100, 100)
     for field, ids in (("prompt", request.prompt_ids), ("logit_bias", p.logit_bias), ("stop_token_ids", p.stop_ids)):

@@ -25,6 +25,8 @@ class Vocabulary:
 
     def __init__(self, tokens: Sequence[bytes], size: int, eos_ids: Sequence[int]) -> None:
         self.tokens, self.size, self.eos_ids = list(tokens[:size]), size, tuple(eos_ids)
+        for token in eos_ids:  # even if the tokenizer takes it for a word
+            self.tokens[token : token + 1] = [b""]
         self.info = native.TokenizerInfo(self.tokens, 0, size, list(eos_ids), False)  # 0: tokens are raw bytes
 
     @property
@@ -36,39 +38,63 @@ class Vocabulary:
 class Compiled:
     """A grammar for a vocabulary. Shared: nothing in it changes."""
 
-    def __init__(self, grammar: Any, vocabulary: Vocabulary) -> None:
-        self.grammar, self.vocabulary = grammar, vocabulary
+    def __init__(self, grammar: Any) -> None:
+        self.grammar = grammar
         self.nbytes: int = grammar.memory_size_bytes()
 
     @classmethod
-    def of(cls, spec: GrammarSpec, vocabulary: Vocabulary) -> Compiled:
-        """Compiles here and now, however long it takes. Raises RequestError for what is no grammar."""
-        compiler = native.GrammarCompiler(vocabulary.info, 1, False, -1)  # one thread, no cache
+    def of(cls, spec: GrammarSpec, vocabulary: Vocabulary, threads: int = 1) -> Compiled:
+        """Compiles here and now, however long it takes (see compiler.py). Raises RequestError for what is no grammar."""
+        compiler = native.GrammarCompiler(vocabulary.info, threads, False, -1)  # without a cache of its own
         try:
-            return cls(compiler.compile_grammar_from_strings(spec.text, "root"), vocabulary)
+            return cls(compiler.compile_grammar_from_strings(spec.text, "root"))
         except Exception as error:  # the binding raises RuntimeError and others, with the place in the text
             reason = str(error).strip().split("] ", 1)[-1].split(": ", 1)[-1]
             raise RequestError(f"Invalid '{spec.param}': {reason}", param=spec.param, code=INVALID) from None
 
+    def matcher(self, stop_ids: frozenset[int]) -> Matcher:
+        """For a new sequence; its own."""
+        return Matcher(self, stop_ids)
+
+    def packed(self) -> str:
+        return str(self.grammar.serialize_json())
+
+    @classmethod
+    def unpacked(cls, text: str, vocabulary: Vocabulary) -> Compiled:
+        """What `packed` gave in a process with the same vocabulary."""
+        return cls(native.CompiledGrammar.deserialize_json(text, vocabulary.info))
+
 
 class Matcher:
-    """What may follow the tokens of one sequence. stop_ids: allowed where the text may end, and nowhere else."""
+    """What may follow the tokens of one sequence. stop_ids: allowed where the text may end, and nowhere else.
+
+    failure: why nothing can follow any more; None while all is well.
+    """
 
     def __init__(self, compiled: Compiled, stop_ids: frozenset[int]) -> None:
         self._stops = sorted(stop_ids)
-        self.native = native.GrammarMatcher(compiled.grammar, self._stops, False, -1, None)
-        self.accepted = 0
+        self._matcher = native.GrammarMatcher(compiled.grammar, self._stops, False, -1, None)
+        self._read = 0
+        self.failure: str | None = None
 
-    def follow(self, output: Sequence[int]) -> None:
-        """Read the tokens of the whole output that it has not read yet. Raises ValueError for one that was not allowed."""
-        for token in output[self.accepted :]:
-            if not self.native.accept_token(token, False):
-                raise ValueError(f"token {token} at place {self.accepted} of the output does not follow the grammar")
-            self.accepted += 1
+    def follow(self, tokens: Sequence[int], start: int = 0) -> None:
+        """Read what it has not read yet of the output, which is tokens[start:]. A token that was not allowed is a failure."""
+        while start + self._read < len(tokens) and self.failure is None:
+            token = tokens[start + self._read]
+            if self._matcher.accept_token(token, False):
+                self._read += 1
+            else:
+                self.failure = f"token {token} at place {self._read} of the output does not follow the grammar"
 
-    def fill(self, mask: np.ndarray) -> None:
-        """Write the mask of the next token. int32 [words], contiguous."""
-        self.native.fill_next_token_bitmask(mask[None], 0, False)
-        if not self.native.is_completed():
-            for stop in self._stops:  # an ordinary token that the client wants to stop at may also be part of the text
-                mask[stop >> 5] &= ~np.int32(1 << (stop & 31)) if stop & 31 < 31 else np.int32(0x7FFFFFFF)
+    def fill(self, masks: np.ndarray, row: int) -> None:
+        """Write the mask of the next token into a row of int32 [rows, words]; after a failure nothing is allowed."""
+        if self.failure is not None:
+            masks[row] = 0
+            return
+        self._matcher.fill_next_token_bitmask(masks, row, False)
+        if not self._matcher.is_completed():  # an ordinary token that the client wants to stop at may be part of the text
+            for stop in self._stops:
+                masks[row, stop >> 5] &= _ALL_BUT[stop & 31]
+
+
+_ALL_BUT = [np.array(0xFFFFFFFF ^ (1 << bit), dtype=np.uint32).view(np.int32)[()] for bit in range(32)]

@@ -15,9 +15,11 @@ from model_core.engine.config import EngineConfig
 from model_core.engine.engine import Engine
 from model_core.engine.graph_runner import GraphRunner
 from model_core.engine.request import Request, SamplingParams
+from model_core.grammar.spec import of_choice
 from model_core.kernels.decode.attention import SplitTiles
 from model_core.kernels.decode.products import RowTiles
 from model_core.kernels.decode.tiles import TensorTiles
+from model_core.tokenizer.load import load_tokenizer
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -129,6 +131,22 @@ def test_seeded_and_every_other_way_of_sampling(folder, monkeypatch):
     assert {entry.seq.request_id for _, entry in again} == {"r2"}
     got, wanted = actual[2]["r2"], expected[2]["r2"]
     assert len(got) == 3 and all(abs(a.logprob - b.logprob) < 1e-4 for a, b in zip(got, wanted, strict=True))
+
+
+def test_grammars_beside_others_and_across_preemption(folder):
+    """A token under a grammar is sampled again with its mask, when the one before it is known; the others' steps go on."""
+    grammar = of_choice(["abcd", "abxy"], "structured_outputs.choice")
+    held = SamplingParams(max_tokens=10, temperature=1.0, seed=3, grammar=grammar, ignore_eos=True, stop_ids=(300,))
+    requests = [Request("r0", PROMPTS[0], held), Request("r1", PROMPTS[0], ask()[0].params)]
+    expected = run(folder, requests)
+    actual = run(folder, requests, tiles={4: TILES}, preempt="r0", warm_up=GPU, ahead=MOST_AHEAD)
+    assert actual[3].preemptions == 2 and actual[:2] == expected[:2]
+    assert actual[1]["r0"] == "stop" and bytes_of(folder, actual[0]["r0"][:-1]) in (b"abcd", b"abxy")
+
+
+def bytes_of(folder, tokens):
+    table = load_tokenizer(folder).byte_table(skip_special_tokens=False)
+    return b"".join(table[token] for token in tokens)
 
 
 def test_a_preempted_sequence_keeps_its_counts_and_cuts(folder):

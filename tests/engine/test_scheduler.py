@@ -382,3 +382,22 @@ def test_same_inputs_same_plans() -> None:
         return log
 
     assert play() == play()
+
+
+def test_a_sequence_with_a_grammar_waits_for_its_token_and_others_do_not() -> None:
+    class Grammar:
+        def matcher(self, stop_ids):
+            return object()
+
+    scheduler = make()
+    held, free = scheduler.add(request("a", 4, max_tokens=3), Grammar()), scheduler.add(request("b", 4, max_tokens=9))
+    assert scheduler.constrained == 1
+    plans = [scheduler.schedule() for _ in range(3)]
+    assert [[e.seq for e in plan.entries] for plan in plans] == [[held, free], [free], [free]]
+    scheduler.commit(plans[0], [OUT, OUT])
+    plans.append(scheduler.schedule())
+    assert [e.seq for e in plans[3].entries] == [held, free]
+    for plan in plans[1:]:
+        scheduler.commit(plan, [OUT] * len(plan.sampling))
+        scheduler.check()
+    assert scheduler.schedule() is not None and scheduler.abort("a") and scheduler.constrained == 0

@@ -60,12 +60,13 @@ def test_calls_that_must_come() -> None:
 def test_the_end() -> None:
     matcher = Matcher(compiled(of_choice(["ab", "abc"], "x")), frozenset([STOP]))
     assert STOP not in allowed(matcher)
-    matcher.follow(list(b"ab"))
+    matcher.follow(list(b"PROMPTab"), start=6)
     assert set(allowed(matcher)) == {STOP, ord("c")}
     matcher.follow(list(b"abc"))
     assert allowed(matcher) == [STOP]
-    with pytest.raises(ValueError, match="at place 3"):
-        matcher.follow([*b"abc", ord("d")])
+    matcher.follow([*b"abc", ord("d")])
+    assert matcher.failure == "token 100 at place 3 of the output does not follow the grammar"
+    assert allowed(matcher) == []
 
 
 def test_stop_ids_of_the_request_only_where_the_text_may_end() -> None:

@@ -22,9 +22,9 @@ def compiled(spec: GrammarSpec) -> Compiled:
 
 def allowed(matcher: Matcher) -> list[int]:
     """Ids that may come next."""
-    mask = np.zeros(VOCABULARY.words, dtype=np.int32)
-    matcher.fill(mask)
-    return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")[: VOCABULARY.size]).tolist()
+    masks = np.zeros((2, VOCABULARY.words), dtype=np.int32)
+    matcher.fill(masks, 1)
+    return np.flatnonzero(np.unpackbits(masks[1].view(np.uint8), bitorder="little")[: VOCABULARY.size]).tolist()
 
 
 def write(grammar: Compiled, seed: int, most: int = 500) -> tuple[bytes, bool]:
@@ -41,18 +41,16 @@ def write(grammar: Compiled, seed: int, most: int = 500) -> tuple[bytes, bool]:
         if token == STOP:
             return text(output), True
         output.append(token)
-        matcher.follow(output)  # raises if the mask had allowed too much
+        matcher.follow(output)
+        assert matcher.failure is None, "the mask had allowed too much"
     return text(output), False
 
 
 def accepts(grammar: Compiled, whole: str) -> bool:
     """Whether the text, and not only a beginning of one, is of the grammar; byte by byte."""
     matcher = Matcher(grammar, frozenset([STOP]))
-    try:
-        matcher.follow(list(whole.encode()))
-    except ValueError:
-        return False
-    return STOP in allowed(matcher)
+    matcher.follow(list(whole.encode()))
+    return matcher.failure is None and STOP in allowed(matcher)
 
 
 def text(output: list[int]) -> bytes:

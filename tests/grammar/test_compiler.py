@@ -1,0 +1,79 @@
+"""The compiler's bounds: time, memory, what it keeps; and that its process is gone with it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from model_core.errors import CheckpointError, RequestError
+from model_core.grammar.compiler import Compiler
+from model_core.grammar.spec import GrammarSpec, of_choice, of_regex
+from tests.grammar.walks import VOCABULARY, accepts
+
+
+@pytest.fixture
+def compiler() -> Iterator[Compiler]:
+    made = Compiler(lambda: VOCABULARY, cache_count=3)
+    yield made
+    made.close()
+
+
+def test_what_is_kept(compiler: Compiler) -> None:
+    specs = [of_choice([str(i)], "x") for i in range(5)]
+    first = compiler.get(specs[0])
+    assert accepts(first, "0") and not accepts(first, "1")
+    assert compiler.get(GrammarSpec(specs[0].text, "another field")) is first
+    for spec in specs:
+        compiler.get(spec)
+    assert compiler.get(specs[4]) is compiler.get(specs[4])
+    assert compiler.get(specs[0]) is not first  # used longest ago
+
+
+def test_many_at_once(compiler: Compiler) -> None:
+    found: list[object] = []
+    spec = of_regex("[ab]{3}", "x")
+    threads = [threading.Thread(target=lambda: found.append(compiler.get(spec))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8 and len(set(map(id, found))) == 1
+
+
+def test_a_wrong_grammar_hurts_nobody(compiler: Compiler) -> None:
+    with pytest.raises(RequestError, match="structured_outputs.grammar"):
+        compiler.get(GrammarSpec("root ::= nothing", "structured_outputs.grammar"))
+    assert accepts(compiler.get(of_choice(["a"], "x")), "a")
+
+
+def test_one_that_takes_too_long_is_refused_and_the_next_one_is_not() -> None:
+    compiler = Compiler(lambda: VOCABULARY, timeout_s=2.5)
+    try:
+        slow = GrammarSpec("root ::= " + "[a-z]? " * 3000, "structured_outputs.grammar")
+        began = time.monotonic()
+        with pytest.raises(RequestError, match=r"takes more than 2\.5 s") as caught:
+            compiler.get(slow)
+        assert time.monotonic() - began < 10
+        assert caught.value.param == "structured_outputs.grammar" and caught.value.code == "grammar_too_complex"
+        assert accepts(compiler.get(of_choice(["a"], "x")), "a")
+    finally:
+        compiler.close()
+
+
+def test_a_model_without_a_tokenizer() -> None:
+    def missing() -> None:
+        raise CheckpointError("there is no tokenizer.json")
+
+    with pytest.raises(RequestError, match="cannot be constrained: there is no tokenizer.json"):
+        Compiler(missing).get(of_choice(["a"], "x"))  # type: ignore[arg-type]
+
+
+def test_neither_transformers_nor_the_package_itself_is_imported() -> None:
+    code = ("import sys, model_core.grammar.matcher; "
+            "sys.exit(' '.join({'transformers', 'xgrammar', 'tokenizers'} & set(sys.modules)) or 0)")  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
