@@ -9,10 +9,10 @@ from typing import Protocol
 
 from deployments.api.calls import CallReader
 from deployments.api.metrics import Metrics
-from deployments.protocol.errors import internal_error
+from deployments.protocol.errors import bad_request, internal_error
 from deployments.protocol.responses import Entry
 from deployments.tools.pieces import Piece
-from model_core.engine.request import PromptLogprobs, Request, TokenEvent
+from model_core.engine.request import UNANSWERABLE, PromptLogprobs, Request, TokenEvent
 
 log = logging.getLogger("mini_llm.api")
 
@@ -96,7 +96,7 @@ class Choice:
     def feed(self, event: TokenEvent) -> str:
         """Text that may be sent now ("" while a character is incomplete or a stop string may be forming).
 
-        Raises ApiError 500 when the engine gave up on the sequence.
+        Raises ApiError when the engine gave up on the sequence: 500, or 400 if the request is at fault.
         """
         assert self.finish is None, "event after the end of a choice"
         ids = event.token_ids
@@ -120,6 +120,8 @@ class Choice:
             if self.ids is not None:
                 self.ids += ids
         if event.finish == "error" or event.finish == "abort":
+            if event.error is not None and event.error.startswith(UNANSWERABLE):
+                raise bad_request(event.error, code="no_token_allowed")
             log.error("request %s ended by the engine: %s %s", event.request_id, event.finish, event.error or "")
             raise internal_error()
         if event.logprobs is not None:

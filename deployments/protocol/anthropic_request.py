@@ -10,6 +10,7 @@ from deployments.protocol.anthropic_blocks import BLOCKS_SCHEMA, chat_messages, 
 from deployments.protocol.errors import bad_request
 from deployments.protocol.limits import Limits
 from deployments.protocol.requests import ChatRequest, Message, SamplingRequest, parse_fields
+from deployments.protocol.structured import one_grammar
 from deployments.protocol.tools import MAX_TOOLS, Function, FunctionName, Tool, ToolChoice
 from deployments.protocol.values import STOP_SCHEMA, Float, Int, Nested, as_stops
 
@@ -80,6 +81,7 @@ def parse_anthropic(body: dict[str, Any], limits: Limits) -> tuple[ChatRequest, 
         continue_final_message=messages[-1].role == "assistant",
         chat_template_kwargs=request.chat_template_kwargs,
     )
+    chat.held_to(one_grammar(structured_outputs=request.structured_outputs))
     return chat, unknown
 
 

@@ -43,7 +43,7 @@ def _ignored(names: str, endpoints: tuple[Endpoint, ...] = BOTH, note: str = "")
     return [Field(name, "ignored", endpoints, note) for name in names.split()]
 
 
-_GRAMMARS = "Constrained output comes with the structured-output release; until then ask in the prompt."
+_GRAMMARS = "Use structured_outputs."
 _HOSTED = "This server runs no tools itself; describe functions in tools, and run them in the client."
 _MEMORY = "Answers are not stored here: send the whole conversation as input."
 _NEVER = "This server serves text models only."
@@ -87,6 +87,9 @@ FIELDS: tuple[Field, ...] = (
     *_served("metadata", RESPONSES, "comes back in the answer"),
     *_served("reasoning", RESPONSES, "its effort is given to the model's chat template, which may use it"),
     *_served("store", RESPONSES, "only false: answers are not stored"),
+    *_served("response_format", note="text, json_object or json_schema, strict or not: every keyword is held, or refused"),
+    *_served("structured_outputs", ALL, "vLLM's: one of json, json_object, regex, choice and grammar"),
+    *_served("text", RESPONSES, "its format, as response_format in chat"),
     *_served("system", MESSAGES, "a string, or text blocks"),
     *_served("stop_sequences", MESSAGES),
     *_ignored("user safety_identifier service_tier", BOTH + RESPONSES, "for the provider's books"),
@@ -101,10 +104,8 @@ FIELDS: tuple[Field, ...] = (
     *_ignored("cache_control", MESSAGES, "a hint; equal prefixes are always cached"),
     *_ignored("verbosity", CHAT, "no effect on models without these abilities"),
     *_ignored("stream_options", RESPONSES, "padding against traffic analysis is not sent"),
-    Field("response_format", "refused", BOTH, _GRAMMARS, ({"type": "text"},)),
-    Field("structured_outputs", "refused", ALL, _GRAMMARS, ({},)),
     *(
-        Field(name, "refused", BOTH, "It was replaced by structured_outputs. " + _GRAMMARS)
+        Field(name, "refused", BOTH, "It was replaced by structured_outputs.")
         for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
     ),
     Field("functions", "refused", CHAT, "It is deprecated: use tools.", ([],)),
@@ -126,7 +127,6 @@ FIELDS: tuple[Field, ...] = (
     Field("background", "refused", RESPONSES, "Answers are not stored here, so nobody could fetch one later.", (False,)),
     Field("include", "refused", RESPONSES, "There is nothing to include: no hosted tools or stored items, no logprobs.", ([],)),
     Field("top_logprobs", "refused", RESPONSES, "Use /v1/chat/completions.", (0,)),
-    Field("text", "refused", RESPONSES, _GRAMMARS, ({}, {"format": {"type": "text"}})),
     Field("truncation", "refused", RESPONSES, "Use truncate_prompt_tokens.", ("disabled",)),
     Field("max_tool_calls", "refused", RESPONSES, "It is about tools that a server runs. " + _HOSTED),
     Field("context_management", "refused", DIALECTS, "The whole conversation is sent each time; leave out what is old.", ([],)),

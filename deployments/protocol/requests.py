@@ -9,11 +9,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr, ValidationError, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    StrictBool,
+    StrictStr,
+    ValidationError,
+    WithJsonSchema,
+)
 
 from deployments.protocol.errors import ApiError, bad_request, unsupported
 from deployments.protocol.fields import BY_NAME, Endpoint
 from deployments.protocol.limits import Limits
+from deployments.protocol.structured import ResponseFormat, StructuredOutputs, one_grammar
 from deployments.protocol.tools import Choice, Tools
 from deployments.protocol.validation import translate
 from deployments.protocol.values import (
@@ -31,6 +42,7 @@ from deployments.protocol.values import (
     as_stops,
     one_of_them,
 )
+from model_core.grammar.spec import GrammarSpec
 
 
 class StreamOptions(Nested):
@@ -64,6 +76,7 @@ class SamplingRequest(BaseModel):
     truncate_prompt_tokens: LastTokens | None = None
     priority: Annotated[Int, Field(ge=-1000, le=1000)] = 0
     cache_salt: Annotated[StrictStr, Field(max_length=128, pattern=r"^[^@/\\\x00]+$")] | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 class GenerationRequest(SamplingRequest):
@@ -77,6 +90,17 @@ class GenerationRequest(SamplingRequest):
     return_token_ids: StrictBool = False
     prompt_logprobs: Annotated[Int, Field(ge=0)] | None = None
     timings: StrictBool = False
+    response_format: ResponseFormat | None = None
+
+    _grammar: GrammarSpec | None = PrivateAttr(None)
+
+    @property
+    def grammar(self) -> GrammarSpec | None:
+        """What the answer must look like, whichever field says it."""
+        return self._grammar
+
+    def held_to(self, grammar: GrammarSpec | None) -> None:
+        self._grammar = grammar
 
     @property
     def include_usage(self) -> bool:
@@ -180,6 +204,7 @@ def parse_chat(body: dict[str, Any], limits: Limits) -> tuple[ChatRequest, list[
     if request.top_logprobs is not None and not request.logprobs:
         raise bad_request("'top_logprobs' is only allowed when 'logprobs' is true.", param="top_logprobs")
     _check_limits(request, limits, request.top_logprobs, "top_logprobs")
+    _hold(request)
     return request, unknown
 
 
@@ -216,7 +241,12 @@ def parse_completion(body: dict[str, Any], limits: Limits) -> tuple[CompletionRe
             code="integer_below_min_value",
         )
     _check_limits(request, limits, request.logprobs, "logprobs")
+    _hold(request)
     return request, unknown
+
+
+def _hold(request: GenerationRequest) -> None:
+    request.held_to(one_grammar(response_format=request.response_format, structured_outputs=request.structured_outputs))
 
 
 def parse_fields(model: Any, endpoint: Endpoint, body: dict[str, Any]) -> tuple[Any, list[str]]:

@@ -46,7 +46,7 @@ def response(
         "service_tier": "default",
         "store": False,
         "temperature": request.temperature,
-        "text": {"format": {"type": "text"}},
+        "text": {"format": request.text.format.said() if request.text and request.text.format else {"type": "text"}},
         "tool_choice": request.tool_choice.flat(),
         "tools": [{**tool.model_dump(), "strict": bool(tool.strict)} for tool in request.tools],
         "top_logprobs": 0,

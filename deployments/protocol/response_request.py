@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from deployments.protocol.errors import bad_request, unsupported
 from deployments.protocol.limits import Limits
 from deployments.protocol.requests import ChatRequest, FunctionCall, Message, SamplingRequest, ToolCall, parse_fields
+from deployments.protocol.structured import TextOptions, one_grammar
 from deployments.protocol.tools import MAX_TOOLS, FlatChoice, FlatTool, ToolChoice
 from deployments.protocol.validation import expected, json_type
 from deployments.protocol.values import Int, Nested, part_schema
@@ -81,6 +82,7 @@ class ResponseRequest(SamplingRequest):
     metadata: Annotated[dict[StrictStr, StrictStr], Field(max_length=16)] = {}
     reasoning: Reasoning | None = None
     store: StrictBool = False
+    text: TextOptions | None = None
     tools: Annotated[list[FlatTool], Field(max_length=MAX_TOOLS)] = []
     tool_choice: FlatChoice = ToolChoice("auto")
     parallel_tool_calls: StrictBool = True
@@ -100,6 +102,8 @@ def parse_response(body: dict[str, Any], limits: Limits) -> tuple[ResponseReques
         parallel_tool_calls=request.parallel_tool_calls, max_completion_tokens=request.max_output_tokens,
         reasoning_effort=request.reasoning and request.reasoning.effort, chat_template_kwargs=request.chat_template_kwargs,
     )  # fmt: skip
+    form = request.text and request.text.format
+    chat.held_to(one_grammar(**{"text.format": form, "structured_outputs": request.structured_outputs}))
     return request, chat, unknown
 
 

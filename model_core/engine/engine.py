@@ -22,7 +22,15 @@ from model_core.engine.config import EngineConfig
 from model_core.engine.load import Parts, load_parts
 from model_core.engine.plan import StepPlan, check_request
 from model_core.engine.records import Launched, StepRecord, StepRing, us
-from model_core.engine.request import EngineInfo, EngineStats, FinishReason, PromptLogprobs, Request, TokenEvent
+from model_core.engine.request import (
+    UNANSWERABLE,
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    PromptLogprobs,
+    Request,
+    TokenEvent,
+)
 from model_core.engine.sequence import Sequence
 from model_core.engine.validate import validate
 from model_core.errors import EngineDead, RequestError
@@ -329,8 +337,9 @@ def _why_none(seq: Sequence, token: int) -> str:
     """token: what a sampler gives that cannot choose."""
     if token == -1 or seq.matcher is None:
         return "the model produced logits that are not finite numbers"
-    return seq.matcher.failure or ("its grammar allows nothing but an end here, and min_tokens no end yet"
-                                   if seq.num_output < seq.request.params.min_tokens else "its grammar allows no token here")
+    if seq.num_output < seq.request.params.min_tokens and seq.matcher.failure is None:
+        return UNANSWERABLE + "its grammar allows nothing but an end here, and min_tokens no end yet"
+    return UNANSWERABLE + (seq.matcher.failure or "its grammar allows no token here")
 
 
 def _yield_to_others() -> None:

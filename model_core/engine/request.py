@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from model_core.grammar.spec import GrammarSpec
 
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+UNANSWERABLE = "this request cannot be answered: "  # begins an event's error whose cause is the request
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -80,10 +81,11 @@ class PromptLogprobs(NamedTuple):
 class TokenEvent(NamedTuple):
     """New tokens of one request after a step. The event with `finish` set is the request's last.
 
-    A stop or eos token is included in `token_ids` (count it in usage, do not print it). finish "error" carries
-    `error`. On the event with the first token: cached_tokens (of the prompt, served from the prefix cache), and waits:
-    seconds from the scheduler's queue to a slot, and from there to the token. prompt: of the prompt tokens that follow those
-    of the event before; all come before the first token, in events without one.
+    A stop or eos token is included in `token_ids` (count it in usage, do not print it). finish "error" carries `error`,
+    which begins with UNANSWERABLE if the fault is the request's. On the event with the first token: cached_tokens (of the
+    prompt, served from the prefix cache), and waits: seconds from the scheduler's queue to a slot, and from there to the
+    token. prompt: of the prompt tokens that follow those of the event before; all come before the first token, in events
+    without one.
     """
 
     request_id: str

@@ -229,12 +229,10 @@ def masks_of(rows: list[Scheduled], vocab_size: int, device: torch.device) -> to
     """What the grammars of these sequences allow next, as `Sampler.sample` takes it; None if they have none."""
     if all(entry.seq.matcher is None for entry in rows):
         return None
-    masks = torch.empty((len(rows), -(-vocab_size // 32)), dtype=torch.int32, pin_memory=device.type == "cuda")
+    masks = torch.full((len(rows), -(-vocab_size // 32)), -1, dtype=torch.int32, pin_memory=device.type == "cuda")
     bits = masks.numpy()
     for row, (seq, *_) in enumerate(rows):
-        if seq.matcher is None:
-            bits[row] = -1
-        else:
+        if seq.matcher is not None:
             seq.matcher.follow(seq.tokens, seq.num_prompt)
             seq.matcher.fill(bits, row)
     return masks.to(device, non_blocking=True)

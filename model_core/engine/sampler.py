@@ -103,7 +103,7 @@ class Sampler:
         for row, ids in forbidden:
             logits[row, list(ids)] = -torch.inf
         if masks is not None:
-            logits.masked_fill_(self._zeros[masks.view(torch.uint8).long()].flatten(1)[:, : self.vocab_size], -torch.inf)
+            self.mask(logits, masks)
         stuck = logits.amax(-1) == -torch.inf if masks is not None else None
         tokens = logits.argmax(dim=-1)
         rows = [i for i, p in enumerate(params) if p.temperature > 0]
@@ -118,6 +118,15 @@ class Sampler:
         if stuck is not None:
             result.tokens = torch.where(finite & stuck, -2, result.tokens)
         return result
+
+    def mask(self, logits: torch.Tensor, masks: torch.Tensor) -> None:
+        """Forbid, in place, what the masks do not allow."""
+        if masks.is_cuda:
+            forbidden = self._zeros[masks.view(torch.uint8).int()].flatten(1)
+        else:  # ten times faster than an index there
+            bits = np.unpackbits(~masks.numpy().view(np.uint8), axis=1, bitorder="little")
+            forbidden = torch.from_numpy(bits).view(torch.bool)
+        logits.masked_fill_(forbidden[:, : self.vocab_size], -torch.inf)
 
     def no_masks(self, rows: int) -> torch.Tensor:
         """Masks that allow every token."""

@@ -22,7 +22,7 @@ logger = logging.getLogger("mini_llm.grammar")
 
 TIMEOUT_S = 30.0
 CACHE_BYTES, CACHE_COUNT = 256 << 20, 256
-CODE = "grammar_too_complex"
+TOO_COMPLEX = "grammar_too_complex"
 
 
 class Compiler:
@@ -107,7 +107,7 @@ class Compiler:
             why = f"more than {self._timeout_s:g} s" if late else "too much memory"
             logger.warning("a grammar of %d characters took its compiler %s (status %s)", len(spec.text), why, worker.wait())
             raise RequestError(f"'{spec.param}' takes {why} to compile: make it simpler, or its repetitions smaller",
-                               param=spec.param, code=CODE) from None  # fmt: skip
+                               param=spec.param, code=TOO_COMPLEX) from None  # fmt: skip
         finally:
             timer.cancel()
 

@@ -5,6 +5,7 @@ A mask is a row of bits, one per token id, lowest bit of the first word first: i
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from model_core.errors import RequestError
 from model_core.grammar.native import native
 from model_core.grammar.pattern import INVALID
 from model_core.grammar.spec import GrammarSpec
+
+PATIENCE_S, PATIENCE_S_A_TOKEN = 1.0, 0.02  # of an engine, which does nothing else meanwhile
 
 
 class Vocabulary:
@@ -74,7 +77,8 @@ class Matcher:
     def __init__(self, compiled: Compiled, stop_ids: frozenset[int]) -> None:
         self._stops = sorted(stop_ids)
         self._matcher = native.GrammarMatcher(compiled.grammar, self._stops, False, -1, None)
-        self._read = 0
+        self._read = self._fills = 0
+        self._spent = 0.0
         self.failure: str | None = None
 
     def follow(self, tokens: Sequence[int], start: int = 0) -> None:
@@ -91,7 +95,12 @@ class Matcher:
         if self.failure is not None:
             masks[row] = 0
             return
+        began = time.perf_counter()
         self._matcher.fill_next_token_bitmask(masks, row, False)
+        self._spent += time.perf_counter() - began
+        self._fills += 1
+        if self._spent > PATIENCE_S + self._fills * PATIENCE_S_A_TOKEN:  # the walks of worker.py did not come here
+            self.failure = f"its grammar takes too long to follow: {1e3 * self._spent / self._fills:.0f} ms a token"
         if not self._matcher.is_completed():  # an ordinary token that the client wants to stop at may be part of the text
             for stop in self._stops:
                 masks[row, stop >> 5] &= _ALL_BUT[stop & 31]

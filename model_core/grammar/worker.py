@@ -8,15 +8,51 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
 import sys
+import time
 from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from model_core.grammar.matcher import Compiled, Vocabulary
 
 MEMORY = 4 << 30  # of address space, in bytes
+MEAN_MS, MOST_MS = 8.0, 150.0  # of CPU time for one mask
+_WALKS, _STEPS = 3, 40
+
+
+def too_slow(compiled: Compiled, vocabulary: Vocabulary) -> str | None:
+    """How long a mask takes, if that is too long, on a few walks at random: a mask stops the engine's thread, and of ambiguous
+    repetitions it can take seconds."""
+    import numpy as np
+
+    from model_core.grammar.matcher import Matcher
+
+    masks = np.zeros((1, vocabulary.words), dtype=np.int32)
+    spent: list[float] = []
+    ends = frozenset(vocabulary.eos_ids or (0,))  # a matcher must have some
+    for walk in range(_WALKS):
+        chance, matcher, output = random.Random(walk), Matcher(compiled, ends), list[int]()
+        for _ in range(_STEPS):
+            began = time.thread_time()
+            matcher.follow(output)
+            matcher.fill(masks, 0)
+            spent.append(1e3 * (time.thread_time() - began))
+            if spent[-1] > MOST_MS:
+                return f"{spent[-1]:.0f} ms"
+            ids = np.flatnonzero(np.unpackbits(masks.view(np.uint8)[0], bitorder="little")[: vocabulary.size])
+            if not len(ids) or (token := int(chance.choice(ids))) in ends:
+                break
+            output.append(token)
+    mean = sum(spent) / len(spent)
+    return f"{mean:.0f} ms" if mean > MEAN_MS else None
 
 
 def work(threads: int) -> None:
     sys.modules["torch"] = None  # type: ignore[assignment]  # the binding would import it only because it is there
     from model_core.errors import RequestError
+    from model_core.grammar.compiler import TOO_COMPLEX
     from model_core.grammar.matcher import Compiled, Vocabulary
 
     with suppress(ImportError, ValueError, OSError):
@@ -35,7 +71,11 @@ def work(threads: int) -> None:
             return
         answer: str | tuple[str, str | None, str | None]
         try:
-            answer = Compiled.of(spec, vocabulary, threads).packed()
+            compiled = Compiled.of(spec, vocabulary, threads)
+            if (slow := too_slow(compiled, vocabulary)) is not None:
+                message = f"'{spec.param}' makes a grammar that takes {slow} a token to follow: repeat less in what is repeated"
+                raise RequestError(message, param=spec.param, code=TOO_COMPLEX)
+            answer = compiled.packed()
         except RequestError as error:
             answer = str(error), error.param, error.code
         pickle.dump(answer, answers)

@@ -130,7 +130,8 @@ def test_extras_reach_the_engine(server):
     ({"tools": [{"type": "function", "name": ""}]}, "invalid_value", "tools[0].name"),
     ({"tool_choice": {"type": "function", "name": "f"}}, "invalid_value", "tool_choice"),
     ({"max_tool_calls": 3}, "unsupported_parameter", "max_tool_calls"),
-    ({"text": {"format": {"type": "json_object"}}}, "unsupported_parameter", "text"),
+    ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "missing_required_parameter", "text.format.schema"),
+    ({"text": {"format": {"type": "xml"}}}, "invalid_value", "text.format.type"),
     ({"truncation": "auto"}, "unsupported_parameter", "truncation"),
     ({"include": ["message.output_text.logprobs"]}, "unsupported_parameter", "include"),
 ])  # fmt: skip

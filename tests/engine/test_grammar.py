@@ -16,7 +16,7 @@ from benchmarks.random_model import write_model
 from model_core.engine.config import EngineConfig
 from model_core.engine.engine import Engine
 from model_core.engine.llm import LLM, Completion
-from model_core.engine.request import Request, SamplingParams
+from model_core.engine.request import UNANSWERABLE, Request, SamplingParams
 from model_core.errors import EngineDead, RequestError
 from model_core.grammar.spec import of_choice, of_json_object, of_regex, of_schema
 from tests.grammar.test_schema import SCHEMAS, TREE
@@ -108,7 +108,8 @@ def test_min_tokens_keep_an_answer_open_or_end_it_alone_with_a_reason(llm) -> No
         assert done.wait(60)
     finally:
         llm.engine._on_step = inner
-    assert finishes["stuck"] == ["error", "its grammar allows nothing but an end here, and min_tokens no end yet"]
+    why = "its grammar allows nothing but an end here, and min_tokens no end yet"
+    assert finishes["stuck"] == ["error", UNANSWERABLE + why]
     assert finishes["other"] == ["length", None]
 
 

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from benchmarks.grammar import made_up
 from model_core.errors import CheckpointError, RequestError
 from model_core.grammar.compiler import Compiler
+from model_core.grammar.matcher import Vocabulary
 from model_core.grammar.spec import GrammarSpec, of_choice, of_regex
 from tests.grammar.walks import VOCABULARY, accepts
 
@@ -63,6 +65,17 @@ def test_one_that_takes_too_long_is_refused_and_the_next_one_is_not() -> None:
         assert accepts(compiler.get(of_choice(["a"], "x")), "a")
     finally:
         compiler.close()
+
+
+def test_one_that_would_stop_the_engine_at_each_token_is_refused() -> None:
+    vocabulary = Vocabulary(made_up(32_000), 32_000, [0])
+    slow = Compiler(lambda: vocabulary)
+    try:
+        with pytest.raises(RequestError, match="a token to follow") as caught:
+            slow.get(of_regex(r"(\w+ ?){1,20}", "structured_outputs.regex"))
+        assert caught.value.code == "grammar_too_complex" and caught.value.param == "structured_outputs.regex"
+    finally:
+        slow.close()
 
 
 def test_a_model_without_a_tokenizer() -> None:

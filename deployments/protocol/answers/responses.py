@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 
@@ -86,7 +86,13 @@ class ReasoningSaid(TypedDict):
 
 
 class TextFormat(TypedDict):
+    """The other fields are those of type json_schema."""
+
     type: str
+    name: NotRequired[str]
+    schema: NotRequired[dict[str, Any]]
+    description: NotRequired[str | None]
+    strict: NotRequired[bool]
 
 
 class TextSaid(TypedDict):
