@@ -238,14 +238,14 @@ def far_candidates(config: ModelConfig, rows: int) -> list[SplitTiles]:
         return near
     if config.head_dim <= 64:
         if rows <= 8:
-            found = [SplitTiles(256, 64, 8, 3, 256), SplitTiles(128, 64, 4, 5), SplitTiles(256, 64, 4, 5)]
+            found = [SplitTiles(256, 64, 8, 3, 256), SplitTiles(128, 64, 4, 5)]
         elif rows <= 32:
-            found = [SplitTiles(512, 64, 8, 3, 512), SplitTiles(256, 64, 4, 5), SplitTiles(512, 128, 4, 5)]
+            found = [SplitTiles(512, 64, 8, 3, 512), SplitTiles(256, 64, 4, 5)]
         else:
             found = [SplitTiles(1024, 64, 2, 7), SplitTiles(1024, 128, 4, 5)]
     else:
         few = [SplitTiles(128, 64, 8, 1, 128), SplitTiles(256, 64, 8, 5, 256)]
-        found = few if rows == 1 else [SplitTiles(512, 32, 4, 7), SplitTiles(1024, 32, 4, 7), SplitTiles(256, 32, 4, 7)]
+        found = few if rows == 1 else [SplitTiles(512, 32, 4, 7), SplitTiles(1024, 32, 4, 7)]
     return list(dict.fromkeys([*found, near[0]]))
 
 
