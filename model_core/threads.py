@@ -1,10 +1,12 @@
-"""Work spread over the CPU's cores by items instead of inside each op."""
+"""Threads of the CPU: work spread over them by items instead of inside each op, and who goes first."""
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import torch
@@ -22,6 +24,13 @@ def over_threads(work: Callable[[T], R], items: Iterable[T], workers: int | None
     """
     with _single_threaded_ops() as before, ThreadPoolExecutor(workers or before) as pool:
         yield from pool.map(work, items)
+
+
+def yield_to_others() -> None:
+    """Lower the priority of this thread, and of the OpenMP workers that it will start: who serves an engine on a CPU needs
+    little of it, but soon."""
+    with suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
 
 
 @contextmanager

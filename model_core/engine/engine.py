@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import queue
 import random
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,18 +20,11 @@ from model_core.engine.config import EngineConfig
 from model_core.engine.load import Parts, load_parts
 from model_core.engine.plan import StepPlan, check_request
 from model_core.engine.records import Launched, StepRecord, StepRing, us
-from model_core.engine.request import (
-    UNANSWERABLE,
-    EngineInfo,
-    EngineStats,
-    FinishReason,
-    PromptLogprobs,
-    Request,
-    TokenEvent,
-)
+from model_core.engine.request import EngineInfo, EngineStats, FinishReason, PromptLogprobs, Request, TokenEvent
 from model_core.engine.sequence import Sequence
 from model_core.engine.validate import validate
 from model_core.errors import EngineDead, RequestError
+from model_core.threads import yield_to_others
 
 if TYPE_CHECKING:
     from model_core.grammar.matcher import Compiled
@@ -161,7 +152,7 @@ class Engine:
 
     def _run(self) -> None:
         if self.parts.device.type == "cpu":
-            _yield_to_others()
+            yield_to_others()
         flights: deque[Launched] = deque()
         try:
             while not self._stopping:
@@ -291,7 +282,7 @@ class Engine:
         self._tell_scored(scored)
         for seq, token in zip(sampling, tokens, strict=True):
             if token < 0 and seq.finish is None:
-                self._fail(seq.request_id, _why_none(seq, token))
+                self._fail(seq.request_id, seq.why_none(token))
         ended = set(self.parts.scheduler.commit(flight.plan, tokens))
         events = [_event((seq.request_id, [token], seq.finish, logprobs.get(place), None, 0, None, None))
                   for place, (seq, token) in enumerate(zip(sampling, tokens, strict=True))
@@ -331,19 +322,3 @@ class Engine:
         if self._events:
             events, self._events = self._events, []
             self._on_step(events)
-
-
-def _why_none(seq: Sequence, token: int) -> str:
-    """token: what a sampler gives that cannot choose."""
-    if token == -1 or seq.matcher is None:
-        return "the model produced logits that are not finite numbers"
-    if seq.num_output < seq.request.params.min_tokens and seq.matcher.failure is None:
-        return UNANSWERABLE + "its grammar allows nothing but an end here, and min_tokens no end yet"
-    return UNANSWERABLE + (seq.matcher.failure or "its grammar allows no token here")
-
-
-def _yield_to_others() -> None:
-    """Lower the priority of this thread, and of the OpenMP workers that it will start: who serves an engine on a CPU needs
-    little of it, but soon."""
-    with suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)

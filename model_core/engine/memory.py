@@ -76,7 +76,7 @@ def plan_memory(model: ModelConfig, engine: EngineConfig, *, device: str, elemen
     row = 4 * model.hidden_size + 2 * (model.q_size + 2 * model.kv_size) + 3 * model.intermediate_size
     activations = max_batch_tokens * row * max(element_bytes, 4)
     logits = max_seqs * model.vocab_size * _LOGIT_BYTES
-    sampler = max_seqs * (model.vocab_size * 4 + MAX_LOGIT_BIAS * 12)
+    sampler = max_seqs * (model.vocab_size * 4 + MAX_LOGIT_BIAS * 12) + 256 * 8  # at last the bits of bytes, for masks
     if device == "cuda":
         activations += _step_buffers(model, max_seqs, element_bytes)
     runtime = _CUDA_CONTEXT if device == "cuda" else 256 << 20

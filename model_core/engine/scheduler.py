@@ -21,8 +21,8 @@ Steps ahead. `schedule` may be called again before the plans before it are commi
 while the device does. The token that a step in flight will sample is then counted in `total` but not known;
 max_tokens is, so no step is scheduled past it; and a sequence with a grammar waits until it is known. A step that was
 scheduled past a stop is computed and its result dropped. Pages and slot of a sequence that left are released when the
-last plan that uses them is committed. A page enters the prefix index at the commit of the plan that filled it, never
-while its write is in flight.
+last plan that uses them is committed. A page enters the prefix index once the device has been given the plan that fills it:
+plans run in order, so who finds the page there reads it after it was written.
 """
 
 from __future__ import annotations

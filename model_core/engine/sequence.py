@@ -8,7 +8,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from model_core.cache.prefix import Node
-from model_core.engine.request import FinishReason, Request, TokenEvent
+from model_core.engine.request import UNANSWERABLE, FinishReason, Request, TokenEvent
 
 if TYPE_CHECKING:
     from model_core.grammar.matcher import Compiled, Matcher
@@ -104,6 +104,14 @@ class Sequence:
         if self.tokens[-1] in self.stop_ids and self.num_output >= max(1, self.request.params.min_tokens):
             return "stop"
         return "length" if len(self.tokens) >= self.limit else None
+
+    def why_none(self, token: int) -> str:
+        """What to tell the client of a sampler's result that is no token: -1 or -2, see Sampled."""
+        if token == -1 or self.matcher is None:
+            return "the model produced logits that are not finite numbers"
+        if self.num_output < self.request.params.min_tokens and self.matcher.failure is None:
+            return UNANSWERABLE + "its grammar allows nothing but an end here, and min_tokens no end yet"
+        return UNANSWERABLE + (self.matcher.failure or "its grammar allows no token here")
 
     def first(self, event: TokenEvent) -> TokenEvent:
         """The event of its first token, with what is told once; without the token if none was asked for."""
