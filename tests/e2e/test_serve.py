@@ -73,6 +73,18 @@ def test_stop_seed_and_several_choices(client):
     assert stopped.choices[0].text == whole.choices[0].text.split(" 7")[0]
 
 
+def test_calls_that_must_be_made_always_parse(client):
+    city = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}
+    tools = [{"type": "function", "function": {"name": "get_weather", "parameters": city}}]
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    ask = dict(model=MODEL, messages=CAPITAL, tools=tools, tool_choice=named, temperature=0, max_tokens=100)
+    (call,) = client.chat.completions.create(**ask).choices[0].message.tool_calls
+    assert call.function.name == "get_weather" and json.loads(call.function.arguments).keys() == {"city"}
+    deltas = [chunk.choices[0].delta for chunk in client.chat.completions.create(**ask, stream=True)]
+    pieces = [one.function.arguments for delta in deltas for one in delta.tool_calls or []]
+    assert "".join(pieces) == call.function.arguments and len(pieces) > 3
+
+
 def test_a_bad_request_is_a_400_that_names_the_field(client):
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(model=MODEL, messages=CAPITAL, temperature=9)
