@@ -62,6 +62,18 @@ class BaseParser:
         """Consume some of the buffer, which is not empty, or change what is expected; False if more text is needed."""
         raise NotImplementedError
 
+    def _next_tag(self, tags: tuple[str, ...]) -> str | None:
+        """Take the first of these tags off the buffer, after what lies before it: content, or more of a broken call's
+        arguments. None if more text is needed for it."""
+        at, tag = find_tag(self._buffer, tags)
+        before, self._buffer = self._buffer[:at], self._buffer[at:].removeprefix(tag or "")
+        if self._state == "broken":
+            self._argue(before)
+        elif before:
+            self._say(before)
+            self._state = "text"
+        return tag
+
     # ---- content -------------------------------------------------------------------------------------------------------
 
     def _say(self, text: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deployments.tools.base import BaseParser, find_tag
+from deployments.tools.base import BaseParser
 from deployments.tools.call_object import CallObject
 from deployments.tools.grammar import Form
 
@@ -27,16 +27,9 @@ class HermesParser(BaseParser):
                 self._pending += char
                 self._buffer = self._buffer[1:]
             return True
-        at, tag = find_tag(self._buffer, TAGS)
-        before, self._buffer = self._buffer[:at], self._buffer[at:]
-        if self._state == "broken":
-            self._argue(before)
-        elif before:
-            self._say(before)
-            self._state = "text"
+        tag = self._next_tag(TAGS)
         if tag is None:
             return False
-        self._buffer = self._buffer.removeprefix(tag)
         self._meet(tag)
         return True
 

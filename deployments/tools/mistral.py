@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from deployments.tools.base import BaseParser, find_tag
+from deployments.tools.base import BaseParser
 from deployments.tools.call_object import ArgumentsObject, CallObject
 from deployments.tools.grammar import Form
 
@@ -25,16 +25,9 @@ class MistralParser(BaseParser):
             return self._read()
         if self._state in ("tag", "list") and (read := self._read_list()) is not None:
             return read
-        at, tag = find_tag(self._buffer, TAGS)
-        before, self._buffer = self._buffer[:at], self._buffer[at:]
-        if self._state == "broken":
-            self._argue(before)
-        elif before:
-            self._say(before)
-            self._state = "text"
+        tag = self._next_tag(TAGS)
         if tag is None:
             return False
-        self._buffer = self._buffer.removeprefix(tag)
         if tag != OPEN:
             self._misplaced(tag)
             return True

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from deployments.protocol.fields import BY_NAME
 from tests.api.conftest import ROOMY, Server, make_tokenizer
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it asks the network at import
@@ -50,13 +49,6 @@ class Served:
     @property
     def prompt(self) -> str:
         return bytes(i for i in self.server.fake.requests[-1].prompt_ids if i < 256).decode("utf-8", "replace")
-
-
-@pytest.fixture
-def formats() -> None:
-    """Skips where response_format is not served yet."""
-    if BY_NAME["chat"]["response_format"].status == "refused":
-        pytest.skip("response_format is refused")
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ def test_tools(served):
 
 
 @pytest.mark.parametrize("mode", ["JSON", "JSON_SCHEMA"])
-def test_constrained(served, mode, formats):
+def test_constrained(served, mode):
     served.says('{"name": "Ada", "age": 36}')
     person = client(served, instructor.Mode[mode]).create(model=served.model, messages=MESSAGES, response_model=Person)
     assert (person.name, person.age) == ("Ada", 36) and served.params.grammar is not None

@@ -67,7 +67,7 @@ class Person(BaseModel):
 
 
 @pytest.mark.parametrize("method", ["json_schema", "json_mode", "function_calling"])
-def test_structured_output(served, chat, method, formats):
+def test_structured_output(served, chat, method):
     text = '{"name": "Ada", "age": 36}'
     served.says(f'<tool_call>\n{{"name": "Person", "arguments": {text}}}\n</tool_call>' if "function" in method else text)
     assert chat.with_structured_output(Person, method=method).invoke("Ada is 36.") == Person(name="Ada", age=36)

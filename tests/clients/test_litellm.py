@@ -57,7 +57,7 @@ class Person(BaseModel):
     age: int
 
 
-def test_structured_output(served, formats):
+def test_structured_output(served):
     served.says('{"name": "Ada", "age": 36}')
     for model in ("openai", "hosted_vllm"):
         answer = litellm.completion(model=f"{model}/{served.model}", messages=MESSAGES, response_format=Person,

@@ -48,7 +48,7 @@ class Person(BaseModel):
     age: int
 
 
-def test_native_output(served, model, formats):
+def test_native_output(served, model):
     served.says('{"name": "Ada", "age": 36}')
     agent = pydantic_ai.Agent(model, output_type=pydantic_ai.NativeOutput(Person))
     assert agent.run_sync("hi").output == Person(name="Ada", age=36) and served.params.grammar is not None
