@@ -1,7 +1,8 @@
-"""The runner of a GPU: a step is one decode graph, and a prefill graph where prompts are computed, on the same stream.
+"""The runner of a GPU: a step is one decode graph, or one prefill graph, on the same stream.
 
-Decodes have a graph to themselves, whatever prompts ride along: their kernels, and so their bits, are the same in every step.
-The price is that a mixed step reads the weights twice.
+A step that has chunks of prompts computes its decodes in the same graph, as chunks of one token: the weights are read once.
+Where they do not fit, or their contexts are so long that decode attention (which splits them) is needed, the decodes keep a
+graph to themselves.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from model_core.dispatch.compile import WORKER_BYTES, compile_ahead, cores
 from model_core.dispatch.measured import CHOICES, Measured, explain_row
 from model_core.dispatch.ops import Ops
 from model_core.dispatch.store import Mode, digest, facts, measured_choices
-from model_core.dispatch.tiles import StepTiles, default_tiles
+from model_core.dispatch.tiles import NEAR, StepTiles, default_tiles
 from model_core.engine.clock import MOST_AHEAD, Clock
 from model_core.engine.graphs import PREFILL_SEQS, DecodeGraphs, GraphPool, PrefillGraphs, fitting, row_buckets, token_buckets
 from model_core.engine.memory import available_host_memory
@@ -36,6 +37,8 @@ from model_core.model.batch import blocks_of
 from model_core.model.decode import DecodeChain, why_unsupported
 from model_core.model.kv import KVCache
 from model_core.model.llama import Llama
+
+_LONGEST_JOINED = 4 * NEAR  # tokens of context: one program reads them all
 
 
 class GraphRunner:
@@ -68,8 +71,8 @@ class GraphRunner:
             tiles = tiles or {rows: default_tiles(config, rows, model.dtype) for rows in row_buckets(limits.max_seqs)}
             chain = DecodeChain(model, kv, self.state, limits.max_seqs, pdl=None if pdl else False)
             self.decodes = DecodeGraphs(chain, tiles, limits.max_context, pool)
-        seqs = PREFILL_SEQS if self.decodes else limits.max_seqs
-        self.prefills = PrefillGraphs(model, ops, kv, self.state, token_buckets(limits.max_batch_tokens), pool, seqs=seqs)
+        self.prefills = PrefillGraphs(model, ops, kv, self.state, token_buckets(limits.max_batch_tokens), pool,
+                                      seqs=limits.max_seqs, narrow=PREFILL_SEQS if self.decodes else limits.max_seqs)
         self._rows = Packed([("rows", limits.max_seqs, "int64")], device)
         self._last_rows = np.zeros(0, dtype=np.int64)
         self._last_decodes: list[Sequence] = []
@@ -92,7 +95,8 @@ class GraphRunner:
         if plan.admitted or plan.decodes != self._last_decodes:  # else they are in the slots where they were
             self._last_decodes, self._last_slots = plan.decodes, np.array([seq.slot for seq in plan.decodes], dtype=np.int64)
         slots, starts = self._last_slots, np.array(plan.starts, dtype=np.int64)
-        ready = self.at[slots] == (starts if self.decodes is not None else -2)
+        apart = self.decodes is not None and not (plan.chunks and self._joined(plan))
+        ready = self.at[slots] == (starts if apart else -2)
         self.at[slots] = starts + 1
         self._tables.write([*plan.admitted, *plan.grown])
         flight = InFlight(plan, [], self._clock.next())
@@ -109,14 +113,20 @@ class GraphRunner:
             self.at[seq.slot] = start + count if samples else -1
             where.append(place if samples else -1)
             place += samples
-        for first in range(0, len(chunks), self.prefills.seqs):  # all tokens of a step fit the largest bucket
-            group = slice(first, first + self.prefills.seqs)
+        seqs = self.prefills.seqs_of(sum(chunk.count for chunk in chunks), len(chunks)) if chunks else 1
+        for first in range(0, len(chunks), seqs):  # all tokens of a step fit the largest bucket
+            group = slice(first, first + seqs)
             before = first - (len(chunks) - len(plan.chunks))
             scored = [one._replace(chunk=one.chunk - before) for one in plan.scored
-                      if before <= one.chunk < before + self.prefills.seqs]  # fmt: skip
+                      if before <= one.chunk < before + seqs]  # fmt: skip
             self._prefill(flight, chunks[group], np.array(where[group]), scored)
         flight.span.end()
         return flight
+
+    def _joined(self, plan: StepPlan) -> bool:
+        """Whether decodes and chunks are computed by one graph."""
+        seqs = len(plan.decodes) + len(plan.chunks)
+        return seqs <= self.prefills.seqs_of(plan.num_tokens) and max(plan.starts, default=0) < _LONGEST_JOINED
 
     def _decode(self, flight: InFlight, places: np.ndarray, rows: np.ndarray, furthest: int) -> None:
         """rows int64 [len(places)]: slots of the decodes at these places of the plan, none at a position beyond `furthest`."""
@@ -290,7 +300,7 @@ class GraphRunner:
 
 def _prefill_once(model: Llama, ops: Ops, kv: KVCache, state: DecodeState, tokens: int) -> None:
     """In a compiling process: what a prefill graph launches."""
-    prefills = PrefillGraphs(model, ops, kv, state, [tokens], GraphPool(model.embed.device))
+    prefills = PrefillGraphs(model, ops, kv, state, [tokens], GraphPool(model.embed.device), seqs=1, narrow=1)
     prefills.compute(prefills.get(tokens, capture=False))
 
 

@@ -28,7 +28,8 @@ from model_core.model.decode import DecodeChain
 from model_core.model.kv import KVCache
 from model_core.model.llama import Llama
 
-PREFILL_SEQS = 64  # sequences of one prefill graph, unless decodes are computed by it too
+PREFILL_SEQS = 64  # sequences of a prefill graph, each of which has a row of logits whether it is there or not
+WIDE_TOKENS = 2048  # of a prefill graph that takes any number of sequences: there the rows are few percent of the work
 
 
 class Replay(Protocol):
@@ -145,16 +146,17 @@ class PrefillGraphs:
     """Chunks of prompts, as one variable-length batch per graph.
 
     Token ids below 0 stand for a token that is only on the device: -1 - slot. Sequences that sample name their slot in
-    `sample_slots`, the others the dump slot. seqs: sequences of one graph at most.
+    `sample_slots`, the others the dump slot. A graph has room for `seqs` sequences if it is wide (`narrow` is then
+    PREFILL_SEQS) or decodes are computed by no other (narrow = seqs).
     """
 
     def __init__(self, model: Llama, ops: Ops, kv: KVCache, state: DecodeState, buckets: list[int], pool: GraphPool, *,
-                 seqs: int = PREFILL_SEQS) -> None:
+                 seqs: int, narrow: int) -> None:
         self.model, self.ops, self.kv, self.state, self.buckets, self.pool = model, ops, kv, state, buckets, pool
         config = model.config
         self.device = model.embed.device
         self.block = block_tokens(config.num_heads // config.num_kv_heads, config.head_dim, model.dtype)
-        self.seqs = seqs
+        self.seqs, self._narrow = seqs, min(seqs, narrow)
         # buckets that together launch every kernel: the products of an invariant model have tiles by the number of rows
         self.compiling = buckets if model.invariant and self.device.type == "cuda" else buckets[:1]
         self.samples = SampleSpace(seqs, self.device)
@@ -162,12 +164,17 @@ class PrefillGraphs:
         self.out = torch.zeros(seqs, dtype=torch.int64, device=self.device)
         self._graphs: dict[int, PrefillGraph] = {}
 
+    def seqs_of(self, tokens: int, seqs: int = 0) -> int:
+        """Sequences that a graph of so many tokens takes at most, or so many `seqs` in parts that have fewer tokens."""
+        wide = self.seqs if fitting(self.buckets, tokens) >= WIDE_TOKENS else self._narrow
+        return wide if seqs <= wide else self._narrow
+
     def missing(self) -> Iterable[int]:
         return (tokens for tokens in reversed(self.buckets) if tokens not in self._graphs or not self._graphs[tokens].graph)
 
     def get(self, tokens: int, *, capture: bool = True) -> PrefillGraph:
         if tokens not in self._graphs:
-            seqs = min(self.seqs, tokens)
+            seqs = min(self.seqs_of(tokens), tokens)
             blocks = tokens // self.block + seqs
             fields = [
                 ("token_ids", tokens, "int32"), ("positions", tokens, "int32"), ("slot_mapping", tokens, "int64"),
