@@ -222,8 +222,9 @@ def attention_candidates(config: ModelConfig, rows: int) -> list[SplitTiles]:
     if config.head_dim <= 64:
         if rows <= 32:
             return [SplitTiles(512, 64, 8, 3, 512), SplitTiles(512, 128, 4, 5, 256), SplitTiles(512, 128, 4, 5)]
-        pair = [SplitTiles(512, 64, 2, 7), SplitTiles(512, 32, 1, 7)]
-        return [*(pair if rows <= 64 else pair[::-1]), SplitTiles(512, 128, 4, 5)]
+        if rows <= 64:
+            return [SplitTiles(512, 64, 2, 7), SplitTiles(512, 32, 1, 7), SplitTiles(512, 128, 4, 5)]
+        return [SplitTiles(512, 32, 1, 6, 16), SplitTiles(512, 32, 1, 7), SplitTiles(512, 64, 2, 7)]
     if config.head_dim <= 128:
         if rows == 1:
             return [SplitTiles(128, 64, 8, 1, 128), SplitTiles(256, 64, 8, 5, 256), SplitTiles(128, 64, 4, 2)]
