@@ -1,8 +1,9 @@
 """The end of a decode step, between head and sample: what requests ask of their logits beyond a temperature and a seed.
 
 A row whose slot asks for nothing (DecodeState.rules) is left alone. The others are rewritten in place in the order of
-engine/sampler.py: bias, penalties, stop ids that are too early; where tokens are cut, division by the temperature. A cut
-(top-k, top-p, min-p) leaves its threshold in `limit`, and sample.py passes over what is below.
+engine/sampler.py: bias, penalties, stop ids that are too early, what a mask does not allow; where tokens are cut, division by
+the temperature. A cut (top-k, top-p, min-p) leaves its threshold in `limit`, and sample.py passes over what is below. Rows of
+slots with HELD are left alone, unless the launch is theirs (state.HeldRows).
 
 No row is sorted. A threshold is found by bisection, over floats ordered like integers of their bits (`_key`): the largest t
 with count(x >= t) >= k, or with mass(x >= t) >= p * mass. Masses are sums of exp(x - max) in fixed point, 2**-40 a unit: sums
@@ -18,12 +19,12 @@ import torch
 
 from model_core.kernels.decode import state as at
 from model_core.kernels.decode.products import follow, launch_options
-from model_core.kernels.decode.sample import CANDIDATES, COLUMNS, SampleSpace
-from model_core.kernels.decode.state import DecodeState
+from model_core.kernels.decode.sample import CANDIDATES, COLUMNS, HOPELESS, SampleSpace
+from model_core.kernels.decode.state import DecodeState, HeldRows
 from model_core.kernels.runtime import cdiv, jit, next_power_of_2, tl
 
 _RULES, _MAX_STOPS, _MAX_LOGIT_BIAS = (tl.constexpr(size) for size in (at.RULES, at.MAX_STOPS, at.MAX_LOGIT_BIAS))
-_BIAS, _PENALTIES, _STOPS = (tl.constexpr(bit) for bit in (at.BIAS, at.PENALTIES, at.STOPS))
+_BIAS, _PENALTIES, _STOPS, _HELD = (tl.constexpr(bit) for bit in (at.BIAS, at.PENALTIES, at.STOPS, at.HELD))
 _TOP_K, _TOP_P, _MIN_P = (tl.constexpr(bit) for bit in (at.TOP_K, at.TOP_P, at.MIN_P))
 _BIAS_COUNT, _BIAS_IDS, _BIAS_VALUES = (tl.constexpr(word) for word in (at.BIAS_COUNT, at.BIAS_IDS, at.BIAS_VALUES))
 _STOP_COUNT, _STOP_IDS, _FIRST_STOP = (tl.constexpr(word) for word in (at.STOP_COUNT, at.STOP_IDS, at.FIRST_STOP))
@@ -31,7 +32,7 @@ _REPETITION, _PRESENCE, _FREQUENCY = (tl.constexpr(word) for word in (at.REPETIT
 _WANTED_K, _WANTED_P, _LOG_MIN_P = (tl.constexpr(word) for word in (at.WANTED_K, at.WANTED_P, at.LOG_MIN_P))
 
 _NEVER = tl.constexpr(-1e30)  # a forbidden token's: finite even divided by the coldest temperature, since inf breaks a row
-_LOWEST = tl.constexpr(-3.4028234e38)  # the lowest float32
+_HOPELESS = tl.constexpr(HOPELESS)  # between that and all others
 _UNIT = tl.constexpr(1 << 40)  # the mass of the best token: 2**18 of them fit an int64
 _REACH = tl.constexpr(30)  # a token this far below the best, in nats, has no mass: exp(-30) < 2**-41
 _COLUMNS, _CANDIDATES = tl.constexpr(COLUMNS), tl.constexpr(CANDIDATES)
@@ -89,7 +90,7 @@ def _threshold(x_ptr, size, low, best, need, MASS: tl.constexpr):
 @jit
 def _floor(column_ptr, size, low, best, need, MASS: tl.constexpr):
     """A lower bound of the row's threshold: that of its column maxima, if they weigh enough."""
-    floor = best * 0 + _LOWEST
+    floor = best * 0 + _HOPELESS
     if _weight(column_ptr, size, low, best, MASS) >= need:
         floor = _threshold(column_ptr, size, low, best, need, MASS)
     return floor
@@ -166,10 +167,27 @@ def _edit(row_ptr, rule_ptr, counts_ptr, flags, position, V: tl.constexpr, DEEP:
 
 
 @jit
+def _mask(row_ptr, mask_ptr, V: tl.constexpr, DEEP: tl.constexpr):
+    """Forbid what has no bit."""
+    for start in range(0, V, DEEP * _COLUMNS):
+        tiles = _load_tiles(row_ptr, start, V, DEEP)
+        words = ()
+        for deep in tl.static_range(DEEP):
+            j = tl.arange(0, _COLUMNS) + start + deep * _COLUMNS
+            words = words + (tl.load(mask_ptr + (j >> 5), mask=j < V, other=0),)  # type: ignore[assignment]
+        for deep in tl.static_range(DEEP):
+            j = tl.arange(0, _COLUMNS) + start + deep * _COLUMNS
+            forbidden = ((words[deep] >> (j & 31)) & 1) == 0
+            tl.store(row_ptr + j, _NEVER, mask=(j < V) & forbidden & (tiles[deep] - tiles[deep] == 0))
+    tl.debug_barrier()
+
+
+@jit
 def _cut(row_ptr, rule_ptr, column_ptr, candidate_ptr, flags, temperature, V: tl.constexpr, DEEP: tl.constexpr):
     """Divide by the temperature; returns the threshold of what is left of the row."""
     column = tl.arange(0, _COLUMNS)
     columns = tl.full([_COLUMNS], float("-inf"), tl.float32)
+    hopeful = tl.zeros([_COLUMNS], tl.int32)
     for start in range(0, V, DEEP * _COLUMNS):
         tiles = _load_tiles(row_ptr, start, V, DEEP)
         for deep in tl.static_range(DEEP):
@@ -177,23 +195,25 @@ def _cut(row_ptr, rule_ptr, column_ptr, candidate_ptr, flags, temperature, V: tl
             x = tl.div_rn(tiles[deep], temperature)
             tl.store(row_ptr + j, x, mask=j < V)
             columns = tl.maximum(columns, tl.where(j < V, x, float("-inf")))
+            hopeful += ((j < V) & (x > _HOPELESS)).to(tl.int32)
     size: tl.constexpr = _COLUMNS if _COLUMNS < V else V
     tl.store(column_ptr + column, columns)
     best = tl.max(columns, axis=0)
     shallowest = tl.min(tl.where(column < size, columns, best), axis=0)
     tl.debug_barrier()
 
-    k, p = tl.load(rule_ptr + _WANTED_K).to(tl.int64), _floats(rule_ptr, _WANTED_P)
-    limit = best * 0 + _LOWEST
+    p = _floats(rule_ptr, _WANTED_P)
+    k = tl.minimum(tl.load(rule_ptr + _WANTED_K), tl.maximum(tl.sum(hopeful, axis=0), 1)).to(tl.int64)
+    limit = best * 0 + _HOPELESS
     floor = limit
     mass = k * 0
     if (flags & _TOP_K) != 0:
-        floor = _floor(column_ptr, size, shallowest, best, k, False)
+        floor = _floor(column_ptr, size, tl.maximum(shallowest, _HOPELESS), best, k, False)
     elif (flags & _TOP_P) != 0:
         mass = _weight(row_ptr, V, best - _REACH, best, True)
         floor = _floor(column_ptr, size, best - _REACH, best, _share(p, mass), True)
     source, size_left = row_ptr, k.to(tl.int32) * 0 + V
-    if floor > _LOWEST:
+    if (flags & (_TOP_K | _TOP_P)) != 0:
         found = _gather(row_ptr, candidate_ptr, floor, V, DEEP)
         if found <= _CANDIDATES:
             source, size_left = candidate_ptr, found
@@ -209,10 +229,10 @@ def _cut(row_ptr, rule_ptr, column_ptr, candidate_ptr, flags, temperature, V: tl
     return limit
 
 
-@jit(do_not_specialize_on_alignment=["rows_ptr"])  # a prefill graph's lies between other arrays
+@jit(do_not_specialize_on_alignment=["rows_ptr", "places_ptr"])  # a prefill graph's lies between other arrays
 def _kernel(
     logits_ptr, rows_ptr, position_ptr, temperature_ptr, rules_ptr, counts_ptr, column_ptr, candidate_ptr, limit_ptr,
-    V: tl.constexpr, DEEP: tl.constexpr, PDL: tl.constexpr,
+    places_ptr, masks_ptr, V: tl.constexpr, WORDS: tl.constexpr, DEEP: tl.constexpr, OF_HELD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(rows_ptr + row)  # rows and rules come from the host: no kernel of a step writes them
@@ -220,30 +240,39 @@ def _kernel(
     flags = tl.load(rule_ptr)
     follow(PDL)
     limit = float("-inf")
-    if flags != 0:
-        row_ptr = logits_ptr + row * V
+    if (flags != 0) & (((flags & _HELD) != 0) == OF_HELD):
+        row_ptr = logits_ptr + (tl.load(places_ptr + row) if OF_HELD else row) * V
         _edit(row_ptr, rule_ptr, counts_ptr + slot * V, flags, tl.load(position_ptr + slot), V, DEEP)
+        if OF_HELD:
+            _mask(row_ptr, masks_ptr + row * WORDS, V, DEEP)
         if (flags & (_TOP_K | _TOP_P | _MIN_P)) != 0:
             limit = _cut(row_ptr, rule_ptr, column_ptr + row * _COLUMNS, candidate_ptr + row * _CANDIDATES, flags,
                          tl.load(temperature_ptr + slot), V, DEEP)  # fmt: skip
     tl.store(limit_ptr + row, limit)
 
 
-def restrict(logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, space: SampleSpace, *, pdl: bool) -> None:
-    """logits float32 [M, vocab], of slots `rows` int64 [M], and space.limit [M] become what `sample` draws from."""
-    count, vocab = logits.shape
+def restrict(logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, space: SampleSpace, *, pdl: bool,
+             held: HeldRows | None = None) -> None:  # fmt: skip
+    """logits float32 [M, vocab], of slots `rows` int64 [M], and space.limit [M] become what `sample` draws from. held: as
+    `sample` takes it."""
+    vocab = logits.shape[1]
     deep = min(_DEEP, next_power_of_2(cdiv(vocab, COLUMNS)))
-    _kernel[(count,)](
+    _kernel[(len(rows),)](
         logits, rows, state.position, state.temperature, state.rules, state.counts, space.columns, space.candidates,
-        space.limit, V=vocab, DEEP=deep, PDL=pdl, num_warps=16, enable_fp_fusion=False,
+        space.limit, rows if held is None else held.places, state.rules if held is None else held.masks, V=vocab,
+        WORDS=cdiv(vocab, 32), DEEP=deep, OF_HELD=held is not None, PDL=pdl, num_warps=16, enable_fp_fusion=False,
         **launch_options(pdl))  # fmt: skip
 
 
-def restrict_torch(logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, space: SampleSpace) -> None:
+def restrict_torch(logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, space: SampleSpace,
+                   held: HeldRows | None = None) -> None:  # fmt: skip
     """Reference: by sorting, with masses in float64."""
     for row, slot in enumerate(rows.tolist()):
-        x, rule, numbers = logits[row], state.rules[slot], state.rules[slot].view(torch.float32)
+        rule, numbers = state.rules[slot], state.rules[slot].view(torch.float32)
+        x = logits[row if held is None else held.places[row]]
         flags = int(rule[0])
+        if (flags & at.HELD > 0) != (held is not None):
+            continue
         if flags & at.BIAS:
             ids, values = rule[at.BIAS_IDS:at.BIAS_VALUES], numbers[at.BIAS_VALUES:at.RULES]
             x.index_add_(0, ids[: rule[at.BIAS_COUNT]], values[: rule[at.BIAS_COUNT]])
@@ -256,12 +285,16 @@ def restrict_torch(logits: torch.Tensor, rows: torch.Tensor, state: DecodeState,
         if flags & at.STOPS and state.position[slot] + 1 < rule[at.FIRST_STOP]:
             ids = rule[at.STOP_IDS:at.BIAS_IDS][: rule[at.STOP_COUNT]].long()
             x[ids] = torch.where(x[ids].isfinite(), -1e30, x[ids])
+        if held is not None:
+            bits = held.masks[row, :, None] >> torch.arange(32, device=x.device) & 1
+            x[(bits.ravel()[: len(x)] == 0) & x.isfinite()] = -1e30
         space.limit[row] = -torch.inf
         if flags & (at.TOP_K | at.TOP_P | at.MIN_P):
             x /= state.temperature[slot]
             ordered = x.sort(descending=True).values
             if flags & at.TOP_K:
-                ordered = ordered[ordered >= ordered[rule[at.WANTED_K] - 1]]
+                k = min(int(rule[at.WANTED_K]), max(1, int((ordered > HOPELESS).sum())))
+                ordered = ordered[ordered >= ordered[k - 1]]
             if flags & at.TOP_P:
                 mass = torch.softmax(ordered.double(), 0).cumsum(0)
                 ordered = ordered[: 1 + int((mass < numbers[at.WANTED_P] * mass[-1]).sum())]

@@ -4,6 +4,8 @@ Greedy rows take the largest logit, the lowest id among equals. Rows with a temp
 logits / temperature + Gumbel noise, which samples the softmax; the noise is Philox 4x32-10 of (seed, position), the same
 numbers as engine/philox.py. SPLITS programs share a row; the last one to arrive picks among their candidates in order.
 Rows that restrict.py cut come divided, with the threshold below which nothing is chosen.
+
+Rows of slots with HELD are passed over, unless the launch is theirs (state.HeldRows): of theirs, a mask may leave nothing.
 """
 
 from __future__ import annotations
@@ -12,24 +14,29 @@ import torch
 
 from model_core.engine.philox import uniform
 from model_core.kernels.decode.products import follow, launch_options
-from model_core.kernels.decode.state import PENALTIES, RULES, DecodeState
+from model_core.kernels.decode.state import HELD, PENALTIES, RULES, DecodeState, HeldRows
 from model_core.kernels.runtime import cdiv, jit, tl
 
 _SPLITS = 16
 COLUMNS, CANDIDATES = 2048, 4096  # of restrict.py: maxima of a row that is cut, and what it may keep outside the row
 SAMPLE_BYTES = 4 * (COLUMNS + CANDIDATES + 2 * _SPLITS + 2)  # of a row of SampleSpace
-_RULES, _PENALTIES = tl.constexpr(RULES), tl.constexpr(PENALTIES)
+HOPELESS = -1e25  # below any logit, and above what is forbidden (restrict.py), whatever temperature divides them
+_RULES, _PENALTIES, _HELD, _HOPELESS = (tl.constexpr(value) for value in (RULES, PENALTIES, HELD, HOPELESS))
 
 
-@jit(do_not_specialize_on_alignment=["rows_ptr"])  # a prefill graph's lies between other arrays
+@jit(do_not_specialize_on_alignment=["rows_ptr", "places_ptr"])  # a prefill graph's lies between other arrays
 def _kernel(
     logits_ptr, best_ptr, where_ptr, arrived_ptr, rows_ptr, token_ptr, position_ptr, temperature_ptr, seed_ptr, out_ptr,
-    limit_ptr, rules_ptr, counts_ptr, dump, V: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    limit_ptr, rules_ptr, counts_ptr, places_ptr, dump, V: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr,
+    BLOCK: tl.constexpr, OF_HELD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     split, row = tl.program_id(0), tl.program_id(1)
     follow(PDL)
     slot = tl.load(rows_ptr + row)
+    flags = tl.load(rules_ptr + slot * _RULES)
+    if ((flags & _HELD) != 0) != OF_HELD:
+        return
+    row_ptr = logits_ptr + (tl.load(places_ptr + row) if OF_HELD else row.to(tl.int64)) * V
     position = tl.load(position_ptr + slot)
     temperature = tl.load(temperature_ptr + slot)
     seed = tl.load(seed_ptr + slot)
@@ -49,7 +56,7 @@ def _kernel(
         for lane in tl.static_range(4):
             j = c.to(tl.int32) * 4 + lane
             inside = (start + quad < SHARE) & (j < V)
-            x = tl.load(logits_ptr + row.to(tl.int64) * V + j, mask=inside, other=float("-inf"))
+            x = tl.load(row_ptr + j, mask=inside, other=float("-inf"))
             broken |= (inside & ((x != x) | (x == float("inf")) | (x == float("-inf")))).to(tl.int32)
             x = tl.where(x < limit, float("-inf"), x)
             if temperature > 0:
@@ -75,9 +82,11 @@ def _kernel(
         if slot != dump:  # where padding rows meet, nothing moves
             tl.store(token_ptr + slot, token)
             tl.store(position_ptr + slot, position + 1)
-            if (tl.load(rules_ptr + slot * _RULES) & _PENALTIES) != 0:
+            if (flags & _PENALTIES) != 0:
                 count_ptr = counts_ptr + slot * V + token
                 tl.store(count_ptr, tl.load(count_ptr) + 2)
+        if OF_HELD:
+            token = tl.where(top < _HOPELESS, -2, token)
         tl.store(out_ptr + row, tl.where(bad, -1, token))
         tl.store(arrived_ptr + row, 0)
 
@@ -95,29 +104,38 @@ class SampleSpace:
 
 
 def sample(
-    logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, out: torch.Tensor, space: SampleSpace, *, pdl: bool
-) -> None:
+    logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, out: torch.Tensor, space: SampleSpace, *, pdl: bool,
+    held: HeldRows | None = None,
+) -> None:  # fmt: skip
     """out int64 [M] = the tokens of logits float32 [M, vocab], -1 where they were not finite; the slots' last_token and
-    position advance, but not the dump slot's. space.limit [M] is restrict's."""
-    count, vocab = logits.shape
+    position advance, but not the dump slot's. space.limit [M] is restrict's. Nothing is done for slots with HELD.
+
+    held: these rows' slots have HELD, and theirs are other rows of the logits; -2 where their masks allow nothing."""
+    count, vocab = len(rows), logits.shape[1]
     share = cdiv(cdiv(vocab, 4), _SPLITS)
     _kernel[(_SPLITS, count)](
         logits, space.best, space.where, space.arrived, rows, state.last_token, state.position, state.temperature,
-        state.seed, out, space.limit, state.rules, state.counts, state.dump, V=vocab, SPLITS=_SPLITS, SHARE=share, BLOCK=256,
-        PDL=pdl, num_warps=4, **launch_options(pdl))  # fmt: skip
+        state.seed, out, space.limit, state.rules, state.counts, rows if held is None else held.places, state.dump, V=vocab,
+        SPLITS=_SPLITS, SHARE=share, BLOCK=256, OF_HELD=held is not None, PDL=pdl, num_warps=4,
+        **launch_options(pdl))  # fmt: skip
 
 
-def sample_torch(logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, out: torch.Tensor, space: SampleSpace) -> None:
+def sample_torch(logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, out: torch.Tensor, space: SampleSpace,
+                 held: HeldRows | None = None) -> None:  # fmt: skip
     """Reference."""
+    if held is not None:
+        logits = logits[held.places]
     finite = torch.isfinite(logits).all(-1)
     temperature, limit = state.temperature[rows, None], space.limit[: len(rows), None]
     logits = logits.masked_fill(logits < limit, -torch.inf)
     u = uniform(state.seed[rows], state.position[rows].long() + 1, logits.shape[1])
     drawn = logits / torch.where((temperature > 0) & (limit == -torch.inf), temperature, 1.0) - (-u.log()).log()
     chosen = torch.where(temperature > 0, drawn, logits)
+    done = ((state.rules[rows, 0] & HELD) > 0) == (held is not None)
     tokens = chosen.argmax(-1)
-    out.copy_(torch.where(finite, tokens, -1))
-    state.last_token[rows] = torch.where(finite & (rows != state.dump), tokens, 0)
+    told = torch.where(finite, tokens if held is None else tokens.where(chosen.amax(-1) >= HOPELESS, -2), -1)
+    out[done], rows = told[done], rows[done]
+    state.last_token[rows] = torch.where(rows != state.dump, told[done].clamp(min=0), 0)
     state.position[rows] += (rows != state.dump).int()
     counted = rows[((state.rules[rows, 0] & PENALTIES) > 0) & (rows != state.dump)]
     state.counts[counted, state.last_token[counted]] += 2

@@ -11,6 +11,7 @@ MAX_STOPS = 64  # stop ids that min_tokens holds back in a graph
 
 # The rules of a slot are one row of int32, so that one copy brings them to the device. Floats are there by their bits.
 BIAS, PENALTIES, STOPS, TOP_K, TOP_P, MIN_P = 1, 2, 4, 8, 16, 32  # what applies: bits of word 0
+HELD = 64  # another one: the slot's token is chosen under a mask, see HeldRows
 BIAS_COUNT, STOP_COUNT, WANTED_K = 1, 2, 3
 FIRST_STOP = 4  # the first position where a stop id may stand
 WANTED_P, LOG_MIN_P, REPETITION, PRESENCE, FREQUENCY = 5, 6, 7, 8, 9  # floats
@@ -18,6 +19,15 @@ STOP_IDS = 16
 BIAS_IDS = STOP_IDS + MAX_STOPS
 BIAS_VALUES = BIAS_IDS + MAX_LOGIT_BIAS  # floats
 RULES = BIAS_VALUES + MAX_LOGIT_BIAS  # words of a row
+
+
+@dataclass(frozen=True)
+class HeldRows:
+    """What rows of slots with HELD need besides: a graph computes their logits and leaves them alone, and another launch of
+    restrict.py and sample.py, over those rows only, chooses their tokens once their masks are there."""
+
+    places: torch.Tensor  # int64 [M]: the logits of row i are row places[i] of the graph's
+    masks: torch.Tensor  # int32 [M, ceil(vocab / 32)]: a bit per token that may be chosen, lowest bit of the first word first
 
 
 @dataclass
