@@ -216,15 +216,19 @@ class Engine:
         began = time.perf_counter()
         ahead = self._lookahead(flights)
         launched = len(flights) <= ahead and self._launch(flights)
-        if flights and (len(flights) > ahead or not launched or flights[0].flight.span.over):
+        if flights and (len(flights) > ahead or not launched or flights[0].flight.over):
             self._collect(flights.popleft())
             self._step_ms = 1e3 * (time.perf_counter() - began)
+        if flights:
+            self.stage = f"sampling step {flights[0].record.step}"
+            flights[0].flight.finish()
 
     def _lookahead(self, flights: deque[Launched]) -> int:
         """Steps that may be in flight while another one is launched. One hides a turn of this thread, but not the pause that it
         makes when another thread has the interpreter: short decode steps that last as long are launched while nobody waits.
         A request that comes then waits for them, and of a sequence that stops so many rows are computed in vain. One with a
-        grammar takes part in a step only when its token of the step before is known: in every other one beside others."""
+        grammar takes part in every step only if the one before is the only other one in flight: its rows are sampled, and
+        the next step is launched, when that one's tokens are known."""
         s = self.parts.scheduler
         if self._inbox.qsize() or s.waiting or s.constrained or not flights or flights[-1].flight.plan.chunks:
             return min(1, self._most_ahead)

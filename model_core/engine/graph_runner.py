@@ -22,11 +22,11 @@ from model_core.dispatch.store import Mode, digest, facts, measured_choices
 from model_core.dispatch.tiles import NEAR, StepTiles, default_tiles
 from model_core.engine.clock import MOST_AHEAD, Clock
 from model_core.engine.graphs import PREFILL_SEQS, DecodeGraphs, GraphPool, PrefillGraphs, fitting, row_buckets, token_buckets
+from model_core.engine.late import LateRow, LateRows
 from model_core.engine.memory import available_host_memory
 from model_core.engine.packed import Packed
 from model_core.engine.plan import Limits, Scheduled, Scored, StepPlan
-from model_core.engine.rules import SlotRules
-from model_core.engine.runner import EVERY_SAMPLER_STEP, InFlight, Part, forbidden_in, masks_of, to_host
+from model_core.engine.runner import InFlight, Part
 from model_core.engine.sampler import Sampled, Sampler, divisor
 from model_core.engine.scores import Scorer, sent
 from model_core.engine.sequence import Sequence
@@ -58,9 +58,7 @@ class GraphRunner:
         self.scorer = Scorer(model, limits.max_seqs)
         self.max_pages = -(-limits.max_context // page_size)
         self.state = DecodeState.empty(limits.max_seqs, self.max_pages, device, self.sampler.counts)
-        self.rules = SlotRules(self.state, model.config.vocab_size)
         self.at = np.full(limits.max_seqs, -1, dtype=np.int64)
-        self.special: set[int] = set()  # slots whose requests the graphs cannot sample for
         pool = GraphPool(device)
         # decode kernels add in other orders than those of prompts, so an invariant model decodes by chunks of one token
         self.why_unfused = "deterministic" if model.invariant else why_unsupported(model.config, model.dtype)
@@ -73,6 +71,7 @@ class GraphRunner:
             self.decodes = DecodeGraphs(chain, tiles, limits.max_context, pool)
         self.prefills = PrefillGraphs(model, ops, kv, self.state, token_buckets(limits.max_batch_tokens), pool,
                                       seqs=limits.max_seqs, narrow=PREFILL_SEQS if self.decodes else limits.max_seqs)
+        self.late = LateRows(self.state, self.sampler, self.prefills.samples, invariant=model.invariant)
         self._rows = Packed([("rows", limits.max_seqs, "int64")], device)
         self._last_rows = np.zeros(0, dtype=np.int64)
         self._last_decodes: list[Sequence] = []
@@ -85,13 +84,10 @@ class GraphRunner:
 
     def launch(self, plan: StepPlan, proceed: Callable[[], object] = int) -> InFlight:
         for seq in plan.admitted:
-            assert seq.slot is not None and seq.request.params.seed is not None
+            assert seq.slot is not None
             self._tables.clear(seq.slot)
             self.at[seq.slot] = -1
-            self.special.discard(seq.slot)
-            if not self.rules.assign(seq):
-                self.special.add(seq.slot)
-                self.sampler.assign(seq.slot, seq.request.params, seq.request.params.seed, seq.tokens, seq.num_prompt)
+            self.late.assign(seq)
         if plan.admitted or plan.decodes != self._last_decodes:  # else they are in the slots where they were
             self._last_decodes, self._last_slots = plan.decodes, np.array([seq.slot for seq in plan.decodes], dtype=np.int64)
         slots, starts = self._last_slots, np.array(plan.starts, dtype=np.int64)
@@ -114,13 +110,15 @@ class GraphRunner:
             where.append(place if samples else -1)
             place += samples
         seqs = self.prefills.seqs_of(sum(chunk.count for chunk in chunks), len(chunks)) if chunks else 1
+        assert len(chunks) <= seqs or not any(one.waits for one in chunks), "the next graph takes their logits"
         for first in range(0, len(chunks), seqs):  # all tokens of a step fit the largest bucket
             group = slice(first, first + seqs)
             before = first - (len(chunks) - len(plan.chunks))
             scored = [one._replace(chunk=one.chunk - before) for one in plan.scored
                       if before <= one.chunk < before + seqs]  # fmt: skip
             self._prefill(flight, chunks[group], np.array(where[group]), scored)
-        flight.span.end()
+        if not flight.rest:
+            flight.span.end()
         return flight
 
     def _joined(self, plan: StepPlan) -> bool:
@@ -143,9 +141,9 @@ class GraphRunner:
         graph = self.decodes.get(bucket, fitting(self.decodes.lengths, furthest + 1))
         flight.span.begin()
         graph.replay()
-        special = [(row, Scheduled(plan.decodes[place], plan.starts[place], 1, True))
-                   for row, place in enumerate(places) if plan.decodes[place].slot in self.special] if self.special else []
-        self._sampled(flight, places, special, self.decodes.chain.logits, self.decodes.out, self._next_out())
+        late = [LateRow(row, Scheduled(plan.decodes[place], plan.starts[place], 1, True)) for row, place in enumerate(places)
+                if plan.decodes[place].slot in self.late.slots] if self.late.slots else []  # fmt: skip
+        self._sampled(flight, places, late, self.decodes.chain.logits, self.decodes.out, self._next_out())
 
     def _prefill(self, flight: InFlight, entries: list[Scheduled], places: np.ndarray, scored: list[Scored]) -> None:
         """scored: of these entries, by their numbers here. A graph gives no hidden states, so then the ops are launched."""
@@ -197,36 +195,20 @@ class GraphRunner:
         else:
             bucket.graph.replay()
         host = torch.empty(seqs, dtype=torch.int64, pin_memory=self._pin)
-        special = [(row, entry) for row, entry in enumerate(entries) if entry.samples and entry.seq.slot in self.special]
-        self._sampled(flight, places, special, bucket.logits, bucket.out, host)
+        late = [LateRow(row, entry) for row, entry in enumerate(entries) if entry.samples and entry.seq.slot in self.late.slots]
+        self._sampled(flight, places, late, bucket.logits, bucket.out, host)
 
-    def _sampled(self, flight: InFlight, places: np.ndarray, special: list[tuple[int, Scheduled]], logits: torch.Tensor,
-                 out: torch.Tensor, host: torch.Tensor) -> None:  # fmt: skip
-        """Bring a graph's tokens to the host. Rows that ask for log-probabilities or have a grammar are sampled again,
-        op by op."""
+    def _sampled(self, flight: InFlight, places: np.ndarray, late: list[LateRow], logits: torch.Tensor, out: torch.Tensor,
+                 host: torch.Tensor) -> None:  # fmt: skip
+        """Bring a graph's tokens to the host, and see to the rows that it did not sample for good."""
         count = len(places)
         flight.parts.append(Part(places, Sampled(host[:count].copy_(out[:count], non_blocking=True))))
-        # torch may divide its sums by the number of rows
-        for group in [[one] for one in special] if self.model.invariant else [special] * bool(special):
-            again = self._sample_again(group, logits)
-            flight.parts.append(Part(places[[row for row, _ in group]], to_host(again)))
-
-    def _sample_again(self, special: list[tuple[int, Scheduled]], logits: torch.Tensor) -> Sampled:
-        rows, chosen = [row for row, _ in special], [entry for _, entry in special]
-        slots = self._send([entry.seq.slot for entry in chosen])
-        positions = self._send([entry.start + entry.count for entry in chosen])
-        params = [entry.seq.request.params for entry in chosen]
-        masks = masks_of(chosen, self.sampler.vocab_size, self.device)
-        sampled = self.sampler.sample(logits[self._send(rows)], slots, positions, params, forbidden_in(chosen), masks)
-        self.state.last_token[slots] = sampled.tokens.clamp(min=0)
-        return sampled
+        if late:
+            self.late.sample(flight, places, late, logits)
 
     def _next_out(self) -> torch.Tensor:
         self._out = (self._out + 1) % len(self._outs)
         return self._outs[self._out]
-
-    def _send(self, values: list[Any]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, pin_memory=self._pin).to(self.device, non_blocking=True)
 
     def calibrate(self, mode: Mode, before: Callable[[], object] = int) -> None:
         """Decode by what was measured on this kind of machine, or is measured now, after a call of `before`. Before warm_up."""
@@ -248,6 +230,7 @@ class GraphRunner:
             partial(decodes.chain.launch, decodes.rows[:rows], decodes.out[:rows], tiles, longest=longest)
             for (_, tiles), rows in chosen.items() for longest in decodes.lengths[:2]
         ]
+        jobs.append(self.late.kernels(1, self.prefills.logits))
         jobs.append(partial(_prefill_once, self.model, self.ops, self.kv, self.state, self.prefills.buckets[0]))
         known = [facts(decodes.chain, decodes.buckets), [str(one) for one in chosen], self.max_pages, self.ops.overrides]
         compile_ahead(jobs, _workers(), stamp=digest(known))
@@ -263,9 +246,7 @@ class GraphRunner:
             for tokens in self.prefills.compiling:
                 self.prefills.compute(self.prefills.get(tokens, capture=False))
         with timed("sampler"):
-            slots = torch.zeros(1, dtype=torch.int64, device=self.device)
-            for params in EVERY_SAMPLER_STEP:
-                self.sampler.sample(self.prefills.logits[:1].clone(), slots, slots, [params], [], self.sampler.no_masks(1))
+            self.late.compute(self.prefills.logits)
         with timed("graphs"):
             if self.decodes is not None:
                 self.decodes.get(self.decodes.buckets[0], self.decodes.lengths[0])

@@ -110,7 +110,8 @@ def _step_buffers(model: ModelConfig, max_seqs: int, element_bytes: int) -> int:
     vectors = 2 * model.hidden_size + 2 * model.q_size + inner + max(qkv, 2 * inner)
     splits = MAX_SPLITS * model.num_heads * (model.head_dim + 2) * 4
     sampled = model.vocab_size * 4 + RULES * 4 + SAMPLE_BYTES
-    return max_seqs * (vectors * element_bytes + splits) + (max_seqs + 64) * sampled + (64 << 20)
+    masks = max_seqs * model.vocab_size // 8
+    return max_seqs * (vectors * element_bytes + splits) + (max_seqs + 64) * sampled + masks + (64 << 20)
 
 
 def _weight_bytes(model: ModelConfig, device: str, element_bytes: int, deterministic: bool) -> int:

@@ -17,7 +17,7 @@ class Packed:
     """Named arrays, the same on the host (`host[name]`, pinned) and on the device (`device[name]`).
 
     `turn` begins a step: `host` are then arrays that no copy in flight reads; it waits for one where it must. `send` starts
-    the copy of them all.
+    the copy of them all, or of the last one's first `count` elements and all others.
     """
 
     def __init__(self, fields: Sequence[tuple[str, int, str]], device: torch.device) -> None:
@@ -26,6 +26,7 @@ class Packed:
             size = -(-size // 8) * 8  # int64 views need it
             places.append((name, count, np.dtype(kind), size))
             size += count * np.dtype(kind).itemsize
+        self._last = places[-1][3], places[-1][2].itemsize  # where the last one begins, and the bytes of an element
         self._buffer = torch.zeros(max(8, size), dtype=torch.uint8, device=device)
         self.device = {name: self._buffer[at : at + count * kind.itemsize].view(_TORCH[kind])
                        for name, count, kind, at in places}  # fmt: skip
@@ -47,8 +48,9 @@ class Packed:
             copied.synchronize()
         return self.host
 
-    def send(self) -> None:
-        self._buffer.copy_(self._staging[self._turn], non_blocking=True)
+    def send(self, count: int | None = None) -> None:
+        size = None if count is None else self._last[0] + count * self._last[1]
+        self._buffer[:size].copy_(self._staging[self._turn][:size], non_blocking=True)
         if self._buffer.device.type == "cuda":
             event = self._copied[self._turn] = self._copied[self._turn] or torch.cuda.Event()
             event.record(self._stream)

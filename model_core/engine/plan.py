@@ -43,6 +43,11 @@ class Scheduled(NamedTuple):
     count: int  # type: ignore[assignment]  # hides tuple.count
     samples: bool
 
+    @property
+    def waits(self) -> bool:
+        """Whether the mask of the token that it samples depends on one that the host does not know yet."""
+        return self.seq.matcher is not None and self.start + self.count > len(self.seq.tokens)
+
 
 class Scored(NamedTuple):
     """Positions [start, start + count) of a prompt, all in chunk number `chunk` of a plan: the logits there are the

@@ -12,9 +12,11 @@ from model_core.kernels.decode import state as at
 from model_core.kernels.decode.state import DecodeState
 
 
-def rules_of(params: SamplingParams, stop_ids: frozenset[int], num_prompt: int, vocab_size: int) -> np.ndarray | None:
-    """int32 [RULES], or None if greedy choice or temperature and seed are all that is asked for."""
+def rules_of(params: SamplingParams, stop_ids: frozenset[int], num_prompt: int, vocab_size: int, *,
+             held: bool = False) -> np.ndarray | None:  # fmt: skip
+    """int32 [RULES], or None if greedy choice or temperature and seed are all that is asked for. held: there is a grammar."""
     row = np.zeros(at.RULES, dtype=np.int32)
+    row[0] = at.HELD * held
     numbers = row.view(np.float32)
     if params.logit_bias:
         size, row[0] = len(params.logit_bias), row[0] | at.BIAS
@@ -55,9 +57,9 @@ class SlotRules:
         asks for: it must then be sampled by engine/sampler.py, and is left alone here."""
         slot, params = seq.slot, seq.request.params
         assert slot is not None
-        possible = (params.logprobs is None and seq.matcher is None
-                    and not (params.min_tokens and len(seq.stop_ids) > at.MAX_STOPS))  # fmt: skip
-        row = rules_of(params, seq.stop_ids, seq.num_prompt, self.vocab_size) if possible else None
+        possible = params.logprobs is None and not (params.min_tokens and len(seq.stop_ids) > at.MAX_STOPS)
+        held = seq.matcher is not None
+        row = rules_of(params, seq.stop_ids, seq.num_prompt, self.vocab_size, held=held) if possible else None
         if row is not None and uses_penalties(params):
             self._send(count_tokens(seq.tokens, seq.num_prompt, self.vocab_size), self.state.counts[slot])
         if row is not None:

@@ -30,15 +30,34 @@ class Part:
 @dataclass
 class InFlight:
     """A launched step. `collect` waits for the device; nothing before it does. Of two parts that name a sequence the later
-    one counts. scores: read them after `collect`."""
+    one counts. scores: read them after `collect`.
+
+    rest: what remains to be launched, since it needs the tokens of the step before: rows under a grammar are sampled when
+    these tokens tell their masks. `finish` does it; no other step may be launched before."""
 
     plan: StepPlan
     parts: list[Part]
     span: Span
     scores: list[Scores] = field(default_factory=list)
+    rest: list[Callable[[], None]] = field(default_factory=list)
+
+    @property
+    def over(self) -> bool:
+        """Whether `collect` is known not to wait."""
+        return not self.rest and self.span.over
+
+    def finish(self) -> None:
+        """Launch the rest: all steps before this one are committed."""
+        if self.rest:
+            for work in self.rest:
+                work()
+            self.rest.clear()
+            self.span.end()
 
     def collect(self) -> tuple[list[int], dict[int, list[TokenLogprobs]]]:
-        """Token ids (negative: see Sampled) of plan.sampling and, where asked for, log-probabilities by place."""
+        """Token ids (negative: see Sampled) of plan.sampling and, where asked for, log-probabilities by place. All steps
+        before this one are committed."""
+        self.finish()
         self.span.wait()
         sampling = self.plan.sampling
         tokens = np.zeros(len(sampling) + 1, dtype=np.int64)  # the last one is nobody's
@@ -107,10 +126,16 @@ class Runner:
         # what sampling rounds may depend on the number of rows, and on where a row lies
         groups = [slice(row, row + 1) for row in range(len(rows))] if self.model.invariant else [slice(None)] * bool(rows)
         places = np.arange(len(rows))
-        parts = [Part(places[group], to_host(self._sample(rows[group], logits[group].clone()))) for group in groups]
         scores = [self.scorer.score(hidden[len(rows) :], plan.scored)] if plan.scored else []
-        span.end()
-        return InFlight(plan, parts, span, scores)
+        flight = InFlight(plan, [], span, scores)
+
+        def sample() -> None:
+            flight.parts = [Part(places[group], to_host(self._sample(rows[group], logits[group].clone()))) for group in groups]
+
+        flight.rest.append(sample)
+        if not any(entry.waits for entry in rows):
+            flight.finish()
+        return flight
 
     def prepare(self) -> bool:
         return False
@@ -232,7 +257,7 @@ def masks_of(rows: list[Scheduled], vocab_size: int, device: torch.device) -> to
     masks = torch.full((len(rows), -(-vocab_size // 32)), -1, dtype=torch.int32, pin_memory=device.type == "cuda")
     bits = masks.numpy()
     for row, (seq, *_) in enumerate(rows):
-        if seq.matcher is not None:
+        if seq.matcher is not None and seq.finish is None:  # one that has ended may have no next token
             seq.matcher.follow(seq.tokens, seq.num_prompt)
             seq.matcher.fill(bits, row)
     return masks.to(device, non_blocking=True)

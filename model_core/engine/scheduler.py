@@ -19,7 +19,8 @@ Policy
 
 Steps ahead. `schedule` may be called again before the plans before it are committed, so that the host works
 while the device does. The token that a step in flight will sample is then counted in `total` but not known;
-max_tokens is, so no step is scheduled past it; and a sequence with a grammar waits until it is known. A step that was
+max_tokens is, so no step is scheduled past it. Of a sequence with a grammar one such token may be unknown, not two: it is
+known when the step that follows it is sampled, if not when that is launched (runner.InFlight.rest). A step that was
 scheduled past a stop is computed and its result dropped. Pages and slot of a sequence that left are released when the
 last plan that uses them is committed. A page enters the prefix index once the device has been given the plan that fills it:
 plans run in order, so who finds the page there reads it after it was written.
@@ -157,8 +158,8 @@ class Scheduler:
             if total - start > 1:
                 begun.append(seq)
             elif total < seq.limit:  # else its last token is in flight
-                if seq.matcher is not None and seq.pending:
-                    continue  # what may come next depends on that token
+                if seq.matcher is not None and seq.pending > 1:
+                    continue  # what may come next depends on both tokens
                 if start >= len(seq.block_table) * page_size:
                     if not self._grow(seq, short):
                         short += 1

@@ -44,7 +44,7 @@ class Sequence:
     admissions      times it was admitted: 1 + times it came back after a preemption
     scored          prompt positions whose logits were asked for, or need not be: see Scored
     matcher         says what its grammar allows next, from the tokens that the host knows; None without a grammar. So such a
-                    sequence is not scheduled while a token of it is in flight
+                    sequence is not scheduled while two tokens of it are in flight
 
     Invariants: computed < total <= limit, len(tokens) <= total, and pages cover every computed token.
     """

@@ -71,12 +71,13 @@ class Compiled:
 class Matcher:
     """What may follow the tokens of one sequence. stop_ids: allowed where the text may end, and nowhere else.
 
-    failure: why nothing can follow any more; None while all is well.
+    failure: why nothing can follow any more; None while all is well. `note` and `finish` are for batch.py, which calls `native`
+    for many at a time.
     """
 
     def __init__(self, compiled: Compiled, stop_ids: frozenset[int]) -> None:
         self._stops = sorted(stop_ids)
-        self._matcher = native.GrammarMatcher(compiled.grammar, self._stops, False, -1, None)
+        self.native = native.GrammarMatcher(compiled.grammar, self._stops, False, -1, None)
         self._read = self._fills = 0
         self._spent = 0.0
         self.failure: str | None = None
@@ -85,10 +86,18 @@ class Matcher:
         """Read what it has not read yet of the output, which is tokens[start:]. A token that was not allowed is a failure."""
         while start + self._read < len(tokens) and self.failure is None:
             token = tokens[start + self._read]
-            if self._matcher.accept_token(token, False):
-                self._read += 1
-            else:
-                self.failure = f"token {token} at place {self._read} of the output does not follow the grammar"
+            self.note(token, self.native.accept_token(token, False))
+
+    def unread(self, tokens: Sequence[int], start: int = 0) -> int:
+        """How many tokens `follow` would read."""
+        return len(tokens) - start - self._read
+
+    def note(self, token: int, accepted: bool) -> None:
+        """The next token was given to `native`."""
+        if accepted:
+            self._read += 1
+        else:
+            self.failure = f"token {token} at place {self._read} of the output does not follow the grammar"
 
     def fill(self, masks: np.ndarray, row: int) -> None:
         """Write the mask of the next token into a row of int32 [rows, words]; after a failure nothing is allowed."""
@@ -96,12 +105,16 @@ class Matcher:
             masks[row] = 0
             return
         began = time.perf_counter()
-        self._matcher.fill_next_token_bitmask(masks, row, False)
-        self._spent += time.perf_counter() - began
+        self.native.fill_next_token_bitmask(masks, row, False)
+        self.finish(masks, row, time.perf_counter() - began)
+
+    def finish(self, masks: np.ndarray, row: int, seconds: float) -> None:
+        """`native` has written the row, and taken so long for it."""
+        self._spent += seconds
         self._fills += 1
         if self._spent > PATIENCE_S + self._fills * PATIENCE_S_A_TOKEN:  # the walks of worker.py did not come here
             self.failure = f"its grammar takes too long to follow: {1e3 * self._spent / self._fills:.0f} ms a token"
-        if not self._matcher.is_completed():  # an ordinary token that the client wants to stop at may be part of the text
+        if not self.native.is_completed():  # an ordinary token that the client wants to stop at may be part of the text
             for stop in self._stops:
                 masks[row, stop >> 5] &= _ALL_BUT[stop & 31]
 

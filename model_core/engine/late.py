@@ -1,0 +1,142 @@
+"""Rows that a captured step leaves to others: those under a grammar, whose masks depend on tokens that may be in flight, and those
+that ask for log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from model_core.engine.clock import MOST_AHEAD
+from model_core.engine.packed import Packed
+from model_core.engine.plan import Scheduled
+from model_core.engine.rules import SlotRules
+from model_core.engine.runner import EVERY_SAMPLER_STEP, InFlight, Part, forbidden_in, masks_of, to_host
+from model_core.engine.sampler import Sampled, Sampler
+from model_core.engine.sequence import Sequence
+from model_core.kernels.decode.restrict import restrict
+from model_core.kernels.decode.sample import SampleSpace, sample
+from model_core.kernels.decode.state import DecodeState, HeldRows
+
+if TYPE_CHECKING:
+    from model_core.grammar.batch import MaskFiller
+
+
+class LateRow(NamedTuple):
+    """A row of a graph's logits, and what was computed in it."""
+
+    row: int
+    entry: Scheduled
+
+
+class LateRows:
+    """Samples from what a graph has left in its logits, before any other graph writes there.
+
+    held: slots that the graphs do not sample: a launch of the same kernels behind the graph does, with masks. special: slots
+    that they sample, though not for good: engine/sampler.py does it again, op by op. slots: both.
+    space: of at least as many rows as there are slots.
+    """
+
+    def __init__(self, state: DecodeState, sampler: Sampler, space: SampleSpace, *, invariant: bool) -> None:
+        self.state, self.sampler, self._space, self._invariant = state, sampler, space, invariant
+        self.rules = SlotRules(state, sampler.vocab_size)
+        self.held: set[int] = set()
+        self.special: set[int] = set()
+        self.slots: set[int | None] = set()
+        self._pin, self._words = state.position.is_cuda, -(-sampler.vocab_size // 32)
+        most = state.dump
+        self._inputs = Packed([("slots", most, "int64"), ("places", most, "int64"), ("masks", most * self._words, "int32")],
+                              sampler.device)  # fmt: skip
+        self._out = torch.zeros(most, dtype=torch.int64, device=sampler.device)
+        self._host = torch.zeros((MOST_AHEAD + 2) * most, dtype=torch.int64, pin_memory=self._pin)  # a ring of tokens
+        self._next = 0
+        self._filler: MaskFiller | None = None
+
+    def assign(self, seq: Sequence) -> None:
+        """Fill the slot of a sequence that starts or resumes."""
+        slot, params = seq.slot, seq.request.params
+        assert slot is not None and params.seed is not None
+        self.held.discard(slot)
+        self.special.discard(slot)
+        if not self.rules.assign(seq):
+            self.special.add(slot)
+            self.sampler.assign(slot, params, params.seed, seq.tokens, seq.num_prompt)
+        elif seq.matcher is not None:
+            self.held.add(slot)
+        self.slots = {*self.held, *self.special}
+
+    def sample(self, flight: InFlight, places: np.ndarray, rows: list[LateRow], logits: torch.Tensor) -> None:
+        """Sample rows of a graph that was launched: now or, where a mask waits for a token, when the step is finished.
+        places: of all rows of the graph in the plan."""
+        work = partial(self._sample, flight, places, rows, logits)
+        if any(entry.waits for _, entry in rows):
+            flight.rest.append(work)
+        else:
+            work()
+
+    def _sample(self, flight: InFlight, places: np.ndarray, rows: list[LateRow], logits: torch.Tensor) -> None:
+        rows = [one for one in rows if one.entry.seq.finish is None]  # the matcher of one that has ended may know no next token
+        special = [one for one in rows if one.entry.seq.slot in self.special]
+        held = [one for one in rows if one.entry.seq.slot in self.held]
+        # torch may divide its sums by the number of rows
+        for group in [[one] for one in special] if self._invariant else [special] * bool(special):
+            flight.parts.append(Part(places[[row for row, _ in group]], to_host(self._again(group, logits))))
+        if held:
+            flight.parts.append(Part(places[[row for row, _ in held]], Sampled(self._under_masks(held, logits))))
+
+    def _under_masks(self, held: list[LateRow], logits: torch.Tensor) -> torch.Tensor:
+        """Tokens, int64 [len(held)]: on the host once the step is done."""
+        if self._filler is None:
+            from model_core.grammar.batch import MaskFiller  # not loaded before there is a grammar
+
+            self._filler = MaskFiller()
+        count, seqs = len(held), [entry.seq for _, entry in held]
+        inputs = self._inputs.turn()
+        inputs["slots"][:count] = [seq.slot for seq in seqs]
+        inputs["places"][:count] = [row for row, _ in held]
+        matchers = [seq.matcher for seq in seqs if seq.matcher is not None]
+        outputs = [(seq.tokens, seq.num_prompt) for seq in seqs]
+        self._filler.fill(matchers, outputs, inputs["masks"].reshape(-1, self._words))
+        self._inputs.send(count * self._words)
+        self.kernels(count, logits)()
+        if self._next + count > len(self._host):
+            self._next = 0
+        self._next += count
+        return self._host[self._next - count : self._next].copy_(self._out[:count], non_blocking=True)
+
+    def kernels(self, count: int, logits: torch.Tensor) -> Callable[[], None]:
+        """What launches those of `count` held rows."""
+        slots, places, masks = (self._inputs.device[name] for name in ("slots", "places", "masks"))
+        held = HeldRows(places, masks.view(-1, self._words))
+        return partial(_choose, logits, slots[:count], self.state, self._out, self._space, held)
+
+    def _again(self, special: list[LateRow], logits: torch.Tensor) -> Sampled:
+        rows, chosen = [row for row, _ in special], [entry for _, entry in special]
+        slots = self._send([entry.seq.slot for entry in chosen])
+        positions = self._send([entry.start + entry.count for entry in chosen])
+        params = [entry.seq.request.params for entry in chosen]
+        masks = masks_of(chosen, self.sampler.vocab_size, self.sampler.device)
+        sampled = self.sampler.sample(logits[self._send(rows)], slots, positions, params, forbidden_in(chosen), masks)
+        self.state.last_token[slots] = sampled.tokens.clamp(min=0)
+        return sampled
+
+    def _send(self, values: list[Any]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, pin_memory=self._pin).to(self.sampler.device, non_blocking=True)
+
+    def compute(self, logits: torch.Tensor) -> None:
+        """Launch every kernel once, over a graph's logits, which are lost; nothing advances."""
+        self._inputs.turn()["slots"][:] = self.state.dump
+        self._inputs.send()
+        self.kernels(1, logits)()
+        slots = torch.zeros(1, dtype=torch.int64, device=self.sampler.device)
+        for params in EVERY_SAMPLER_STEP:
+            self.sampler.sample(logits[:1].clone(), slots, slots, [params], [], self.sampler.no_masks(1))
+
+
+def _choose(logits: torch.Tensor, slots: torch.Tensor, state: DecodeState, out: torch.Tensor, space: SampleSpace,
+            held: HeldRows) -> None:  # fmt: skip
+    restrict(logits, slots, state, space, pdl=False, held=held)
+    sample(logits, slots, state, out, space, pdl=False, held=held)
