@@ -1,5 +1,5 @@
-"""Rows that a captured step leaves to others: those under a grammar, whose masks depend on tokens that may be in flight, and those
-that ask for log-probabilities."""
+"""Rows that a captured step leaves to others: those under a grammar, whose masks depend on tokens that may be in flight, and
+those that ask for log-probabilities."""
 
 from __future__ import annotations
 

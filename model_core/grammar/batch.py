@@ -26,7 +26,7 @@ class MaskFiller:
         self._alone, self._together = (native.BatchGrammarMatcher(threads) for threads in (1, min(_MOST_THREADS, cores())))
         self._long = self._one_by_one = False
 
-    def fill(self, matchers: list[Matcher], outputs: list[tuple[Sequence[int], int]], masks: np.ndarray) -> None:
+    def fill(self, matchers: list[Matcher], outputs: Sequence[tuple[Sequence[int], int]], masks: np.ndarray) -> None:
         """Row i of int32 [at least len(matchers), words] becomes the mask of what may follow the output tokens[start:] with
         (tokens, start) = outputs[i]: as Matcher.follow and fill do it."""
         if all(matcher.failure is None and matcher.unread(*output) == 1

@@ -14,8 +14,9 @@ from model_core.engine.clock import MOST_AHEAD
 from model_core.engine.config import EngineConfig
 from model_core.engine.engine import Engine
 from model_core.engine.graph_runner import GraphRunner
+from model_core.engine.late import LateRows
 from model_core.engine.request import Request, SamplingParams
-from model_core.grammar.spec import of_choice
+from model_core.grammar.spec import of_choice, of_regex
 from model_core.kernels.decode.attention import SplitTiles
 from model_core.kernels.decode.products import RowTiles
 from model_core.kernels.decode.tiles import TensorTiles
@@ -39,9 +40,11 @@ def folder(tmp_path_factory):
     return write_model("tiny", tmp_path_factory.mktemp("model") / "tiny", dtype=torch.float32)
 
 
-def run(folder, requests, *, tiles=None, abort=None, preempt=None, warm_up=True, ahead=1, **config):
+def run(folder, requests, *, tiles=None, abort=None, preempt=None, warm_up=True, ahead=1, steps=None,
+        **config):  # fmt: skip
     """Token ids by request, and the engine's statistics. tiles: of a GraphRunner for all buckets; None: the plain runner.
-    ahead: steps in flight at most when a GraphRunner launches one, as on a GPU, wherever this runs."""
+    ahead: steps in flight at most when a GraphRunner launches one, as on a GPU, wherever this runs. steps: a list to which the
+    requests that get a token are added, step by step; all requests then meet in the first one."""
     config = {"dtype": "float32", "kv_cache_bytes": 1 << 20, "max_seqs": 4, "device": DEVICE, "cuda_graphs": False} | config
     engine = Engine.load(folder, EngineConfig(**config))
     parts = engine.parts
@@ -56,6 +59,10 @@ def run(folder, requests, *, tiles=None, abort=None, preempt=None, warm_up=True,
     tokens, finishes, logprobs, done = {}, {}, {}, threading.Event()
 
     def on_step(events):
+        if steps is not None and any(event.token_ids for event in events):
+            steps.append({event.request_id for event in events if event.token_ids})
+        if not GPU:
+            parts.scheduler.check()
         for event in events:
             tokens.setdefault(event.request_id, []).extend(event.token_ids)
             logprobs.setdefault(event.request_id, []).extend(event.logprobs or [])
@@ -70,8 +77,11 @@ def run(folder, requests, *, tiles=None, abort=None, preempt=None, warm_up=True,
         if len(finishes) == len(requests):
             done.set()
 
+    if steps is not None:
+        for request in requests:
+            engine._inbox.put((request, engine.prepare(request)))
     engine.start(on_step)
-    for request in requests:
+    for request in requests if steps is None else []:
         engine.submit(request)
     assert done.wait(170), f"{engine.stage} {engine.failure}"
     stats = engine.stats()
@@ -119,8 +129,8 @@ def test_chunks_preemption_and_prefix_hits_change_nothing(folder):
 
 def test_seeded_and_every_other_way_of_sampling(folder, monkeypatch):
     """The graphs' own, but for log-probabilities: those rows are sampled again from the graph's logits."""
-    again, inner = [], GraphRunner._sample_again
-    monkeypatch.setattr(GraphRunner, "_sample_again", lambda self, rows, *rest: again.extend(rows) or inner(self, rows, *rest))
+    again, inner = [], LateRows._again
+    monkeypatch.setattr(LateRows, "_again", lambda self, rows, *rest: again.extend(rows) or inner(self, rows, *rest))
     edits = dict(frequency_penalty=1.5, repetition_penalty=1.2, logit_bias={7: 9.0, 8: 8.9})
     ways = [dict(temperature=1.0, seed=3), dict(temperature=0.8, seed=4, top_k=50, top_p=0.9, min_p=0.02, **edits),
             dict(temperature=0.0, logprobs=2, **edits), dict(temperature=0.0, min_tokens=2, stop_ids=(7, 8), **edits)]
@@ -133,15 +143,38 @@ def test_seeded_and_every_other_way_of_sampling(folder, monkeypatch):
     assert len(got) == 3 and all(abs(a.logprob - b.logprob) < 1e-4 for a, b in zip(got, wanted, strict=True))
 
 
-def test_grammars_beside_others_and_across_preemption(folder):
-    """A token under a grammar is sampled again with its mask, when the one before it is known; the others' steps go on."""
-    grammar = of_choice(["abcd", "abxy"], "structured_outputs.choice")
-    held = SamplingParams(max_tokens=10, temperature=1.0, seed=3, grammar=grammar, ignore_eos=True, stop_ids=(300,))
-    requests = [Request("r0", PROMPTS[0], held), Request("r1", PROMPTS[0], ask()[0].params)]
+PHONE = of_regex(r"\d{3}-\d{4}" if GPU else r"\d-\d\d", "structured_outputs.regex")
+CHOICE = of_choice(["abcd", "abxy"], "structured_outputs.choice")
+
+
+def under(name, row, grammar, **params):
+    params = dict(max_tokens=12, ignore_eos=True, stop_ids=(300,), grammar=grammar, logit_bias={300: 5.0}) | params
+    return Request(name, PROMPTS[row], SamplingParams(**params))
+
+
+def test_grammars_take_part_in_every_step(folder):
+    """Three of them beside a free one, in every way of sampling: the plain runner's tokens, and one in each step, though the
+    step before is in flight when the next is launched."""
+    requests = [under("r0", 0, CHOICE, temperature=1.0, seed=3), under("r1", 1, PHONE, temperature=0.0, frequency_penalty=1.5),
+                Request("r2", PROMPTS[0], SamplingParams(max_tokens=6, ignore_eos=True, temperature=0.7, seed=4)),
+                under("r3", 0, PHONE, temperature=0.0, logprobs=2)]  # fmt: skip
+    expected, steps = run(folder, requests), []
+    actual = run(folder, requests, tiles={4: TILES}, warm_up=GPU, ahead=MOST_AHEAD, steps=steps)
+    assert actual[:2] == expected[:2] and [actual[1][f"r{i}"] for i in range(4)] == ["stop", "stop", "length", "stop"]
+    assert bytes_of(folder, actual[0]["r0"][:-1]) in (b"abcd", b"abxy") and len(actual[0]["r1"]) == (9 if GPU else 5)
+    assert all(abs(a.logprob - b.logprob) < 1e-4 for a, b in zip(actual[2]["r3"], expected[2]["r3"], strict=True))
+    for name, tokens in actual[0].items():
+        assert [name in names for names in steps] == [True] * len(tokens) + [False] * (len(steps) - len(tokens)), name
+
+
+def test_grammars_across_preemption_and_aborts(folder):
+    """Of one that is preempted the next step is in flight, and so of one that is aborted; the former comes back."""
+    requests = [under("r0", 0, CHOICE, temperature=1.0, seed=3, top_k=40), under("r1", 0, PHONE, temperature=1.0, seed=5)]
     expected = run(folder, requests)
-    actual = run(folder, requests, tiles={4: TILES}, preempt="r0", warm_up=GPU, ahead=MOST_AHEAD)
-    assert actual[3].preemptions == 2 and actual[:2] == expected[:2]
-    assert actual[1]["r0"] == "stop" and bytes_of(folder, actual[0]["r0"][:-1]) in (b"abcd", b"abxy")
+    actual = run(folder, requests, tiles={2: TILES}, preempt="r0", abort="r1", warm_up=GPU, ahead=MOST_AHEAD, max_seqs=2,
+                 steps=[])  # fmt: skip
+    assert actual[3].preemptions == 2 and actual[1] == {"r0": "stop", "r1": "abort"} and actual[0]["r0"] == expected[0]["r0"]
+    assert 3 <= len(actual[0]["r1"]) <= 4 and actual[0]["r1"] == expected[0]["r1"][: len(actual[0]["r1"])]
 
 
 def bytes_of(folder, tokens):

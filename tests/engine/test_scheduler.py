@@ -384,17 +384,19 @@ def test_same_inputs_same_plans() -> None:
     assert play() == play()
 
 
-def test_a_sequence_with_a_grammar_waits_for_its_token_and_others_do_not() -> None:
+def test_a_sequence_with_a_grammar_has_two_unknown_tokens_at_most_and_others_more() -> None:
     class Grammar:
         def matcher(self, stop_ids):
             return object()
 
     scheduler = make()
-    held, free = scheduler.add(request("a", 4, max_tokens=3), Grammar()), scheduler.add(request("b", 4, max_tokens=9))
+    held, free = scheduler.add(request("a", 4, max_tokens=5), Grammar()), scheduler.add(request("b", 4, max_tokens=9))
     assert scheduler.constrained == 1
     plans = [scheduler.schedule() for _ in range(3)]
-    assert [[e.seq for e in plan.entries] for plan in plans] == [[held, free], [free], [free]]
+    assert [[e.seq for e in plan.entries] for plan in plans] == [[held, free], [held, free], [free]]
+    assert [entry.waits for plan in plans for entry in plan.entries] == [False, False, True, False, False]
     scheduler.commit(plans[0], [OUT, OUT])
+    assert not any(entry.waits for entry in plans[1].entries)
     plans.append(scheduler.schedule())
     assert [e.seq for e in plans[3].entries] == [held, free]
     for plan in plans[1:]:

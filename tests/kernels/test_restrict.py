@@ -1,6 +1,7 @@
 """What a request asks of its logits, done by kernels in a graph: the same as the sampler's op by op."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from model_core.engine.sampler import Sampler, divisor
 from model_core.kernels.decode.products import chains_launches
 from model_core.kernels.decode.restrict import restrict, restrict_torch
 from model_core.kernels.decode.sample import CANDIDATES, COLUMNS, SampleSpace, sample, sample_torch
-from model_core.kernels.decode.state import PENALTIES, DecodeState
+from model_core.kernels.decode.state import HELD, PENALTIES, DecodeState, HeldRows
 
 GPU = torch.cuda.is_available()
 VOCAB = 700
@@ -71,6 +72,40 @@ class Case:
         counted = (self.state.rules[:-1, 0] & PENALTIES) > 0
         assert after[counted].equal(self.sampler.counts[counted]) and after[~counted].equal(before[~counted])
         return logits, limit
+
+
+class Held:
+    """These slots of a case get HELD, and launches of their own. allowed: bool [M, vocab]."""
+
+    def __init__(self, case, slots, allowed):
+        self.case, self.allowed = case, allowed.to(case.rows.device)
+        case.state.rules[slots, 0] |= HELD
+        self.slots = torch.tensor(slots, device=case.rows.device)
+        bits = torch.nn.functional.pad(self.allowed, (0, -allowed.shape[1] % 32)).view(len(slots), -1, 32).long()
+        words = (bits << torch.arange(32, device=bits.device)).sum(-1)
+        self.rows = HeldRows(self.slots, torch.where(words >= 1 << 31, words - (1 << 32), words).int())
+
+    def choose(self, logits):
+        """Tokens of the held rows by the kernels, and by the sampler from logits that nobody has touched. For the kernels they
+        lie one place further."""
+        case, count = self.case, len(self.slots)
+        before, counts = case.logits[self.slots].clone(), case.sampler.counts.clone()
+        shifted, rows = logits.roll(1, 0), replace(self.rows, places=(self.slots + 1) % len(logits))
+        restrict(shifted, self.slots, case.state, case.space, pdl=False, held=rows)
+        out = torch.full_like(self.slots, 77)
+        sample(shifted, self.slots, case.state, out, case.space, pdl=False, held=rows)
+        logits.copy_(shifted.roll(-1, 0))
+        after = case.sampler.counts.clone()
+        case.sampler.counts.copy_(counts)
+        asks = [case.asks[row] for row in self.slots.tolist()]
+        early = [(row, tuple(STOPS)) for row, ask in enumerate(asks) if len(OUTPUT) < ask.min_tokens]
+        tokens = case.sampler.sample(before, self.slots, torch.full_like(self.slots, HERE), asks, early, self.rows.masks).tokens
+        counted = (case.state.rules[self.slots, 0] & PENALTIES) > 0
+        counted &= tokens >= 0
+        assert after[self.slots[counted]].equal(case.sampler.counts[self.slots[counted]])
+        assert case.state.last_token[self.slots].equal(tokens.clamp(min=0))
+        assert (case.state.position[self.slots] == HERE).all() and len(out) == count
+        return out, tokens
 
 
 def noise(rows, vocab, step=0.25, seed=0):
@@ -153,6 +188,47 @@ def test_the_references_give_the_same_tokens(device):
     restrict_torch(logits, case.rows, case.state, case.space)
     sample_torch(logits, case.rows, case.state, out, case.space)
     assert out.equal(tokens[:-1])
+
+
+def test_held_rows_wait_for_their_masks(device):
+    """The first launch leaves them and theirs alone; the second one gives the sampler's tokens, whatever the mask leaves."""
+    edits = dict(min_tokens=20, logit_bias={3: 100.0, 7: 4.0}, repetition_penalty=0.4, frequency_penalty=1.1)
+    asks = asking(dict(temperature=0.0), dict(), dict(top_k=40), edits, dict(top_p=0.61), edits | dict(top_k=40, top_p=0.8),
+                  dict(min_p=0.083, temperature=1.7), edits | dict(temperature=0.0), dict(top_k=3), dict(top_k=40, top_p=0.9))
+    order = [7, 2, 0, 9, 5, 4, 3, 6, 8]  # row 1 is not held
+    case = Case(asks, noise(len(asks), VOCAB, seed=2), device)
+    chance = torch.Generator().manual_seed(3)
+    shares = torch.tensor([0.5, 0.02, 0.3, 0.01, 0.2, 0.9, 0.1, 0.5, 1.0])[:, None]
+    allowed = torch.rand(len(order), VOCAB, generator=chance) < shares
+    allowed[3, [11, 11 + 32, 699]] = True  # few for a k of 40
+    held = Held(case, order, allowed)
+
+    logits, out, counts = case.logits.clone(), torch.full_like(case.rows, 55), case.sampler.counts.clone()
+    restrict(logits, case.rows, case.state, case.space, pdl=case.pdl)
+    sample(logits, case.rows, case.state, out, case.space, pdl=case.pdl)
+    assert logits.equal(case.logits) and case.sampler.counts.equal(counts) and out[0] == out[9] == 55 != out[1]
+    assert case.state.position[:-1].tolist() == [HERE - 1, HERE] + [HERE - 1] * 8
+    assert not case.state.last_token[[0, 2, 9]].any() and case.state.last_token[1] == out[1]
+
+    expected, space, told = logits.clone(), SampleSpace(len(asks), device), torch.full_like(held.slots, 66)
+    restrict_torch(expected, held.slots, case.state, space, held.rows)
+    state = replace(case.state, **{name: getattr(case.state, name).clone() for name in ("last_token", "position", "counts")})
+    sample_torch(expected, held.slots, state, told, space, held.rows)
+    found, tokens = held.choose(logits)
+    torch.testing.assert_close(logits, expected, rtol=1e-6 if GPU else 0, atol=0)
+    assert found.equal(tokens) and told.equal(tokens) and held.allowed.gather(1, tokens[:, None]).all()
+
+
+@pytest.mark.parametrize("params", [dict(temperature=0.0), dict(), dict(top_k=5, top_p=0.9, min_p=0.1, temperature=100.0)],
+                         ids=str)  # fmt: skip
+def test_masks_that_leave_nothing_and_broken_rows_are_told_apart(device, params):
+    """Nothing at all; nothing but ends that are too early; all, of logits that are no numbers; nothing of these; one token."""
+    case = Case(asking(*[params | dict(min_tokens=20)] * 5), noise(5, VOCAB, 2**-10), device)
+    allowed = torch.zeros(5, VOCAB, dtype=torch.bool)
+    allowed[1, list(STOPS)], allowed[2], allowed[4, [17, *STOPS]] = True, True, True
+    case.logits[2, 5], case.logits[3, 9] = torch.nan, torch.inf
+    found, tokens = Held(case, list(range(5)), allowed).choose(case.logits.clone())
+    assert found.tolist() == tokens.tolist() == [-2, -2, -1, -1, 17]
 
 
 @pytest.mark.skipif(not GPU, reason="the interpreter has no races")
