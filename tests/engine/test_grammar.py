@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.random_model import write_model
+from model_core.engine.clock import MOST_AHEAD
 from model_core.engine.config import EngineConfig
 from model_core.engine.engine import Engine
 from model_core.engine.llm import LLM, Completion
@@ -148,6 +149,20 @@ def test_preemption_and_chunks_change_nothing(folder, temperature: float) -> Non
         llm.engine._on_step = deliver
         assert [one.token_ids for one in ask(llm, *params)] == expected
         assert llm.engine.stats().preemptions > 20
+
+
+def test_one_step_ahead_changes_nothing(folder, llm) -> None:
+    """The step-by-step runner with steps in flight: each row has a token in every step, so as many steps as without."""
+    params = [SamplingParams(max_tokens=40, temperature=temperature, seed=7 + i, grammar=grammar, logprobs=logprobs)
+              for i, (grammar, temperature, logprobs) in enumerate([(OBJECT, 1.0, None), (PHONE, 0.0, 2), (PHONE, 1.0, None),
+                                                                    (None, 1.0, None)])]  # fmt: skip
+    before = llm.engine.stats().steps
+    expected = [one.token_ids for one in ask(llm, *params)]
+    before = llm.engine.stats().steps - before
+    with LLM.load(folder, CONFIG) as ahead:
+        ahead.engine._most_ahead = MOST_AHEAD
+        assert [one.token_ids for one in ask(ahead, *params)] == expected
+        assert ahead.engine.stats().steps <= before + 4  # requests may come one by one, and the last row may be one in vain
 
 
 def test_a_wrong_grammar_is_refused_before_anything_runs(llm) -> None:

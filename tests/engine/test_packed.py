@@ -31,6 +31,15 @@ def test_the_device_keeps_what_was_sent_while_the_host_writes_the_next():
     assert packed.device["b"].tolist() == [2, 2]
 
 
+def test_a_part_of_the_last_field_is_sent_with_all_others():
+    packed = Packed(FIELDS[:3], torch.device("cpu"))
+    host = packed.turn()
+    for name, *_ in FIELDS[:3]:
+        host[name][:] = 7
+    packed.send(2)
+    assert [packed.device[name].tolist() for name in "abc"] == [[7] * 3, [7] * 2, [7, 7, 0, 0, 0]]
+
+
 def test_host_buffers_are_used_in_turn():
     packed = Packed(FIELDS, torch.device("cpu"))
     seen = [packed.turn()["a"] for _ in range(6)]

@@ -47,6 +47,11 @@ def test_a_row_says_what_was_asked_for():
     assert row[at.BIAS_IDS :][:3].tolist() == [9, 4, 0] and numbers[at.BIAS_VALUES :][:3].tolist() == [-2.0, 1.5, 0.0]
 
 
+def test_a_grammar_is_a_rule_by_itself():
+    row = rules_of(SamplingParams(), NONE, 3, VOCAB, held=True)
+    assert row is not None and row[0] == at.HELD and not row[1:].any()
+
+
 def test_the_longest_lists_fit():
     ids = list(range(at.MAX_LOGIT_BIAS))
     row = rules_of(SamplingParams(logit_bias=dict.fromkeys(ids, 1.0), min_tokens=1), frozenset(ids[: at.MAX_STOPS]), 3, 1000)

@@ -1,0 +1,59 @@
+"""The masks of a step: those of one matcher at a time, however they are filled."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from model_core.grammar import batch
+from model_core.grammar.batch import MaskFiller
+from model_core.grammar.matcher import Matcher
+from model_core.grammar.spec import of_json_object, of_regex
+from tests.grammar.walks import STOP, VOCABULARY, compiled
+
+GRAMMARS = [compiled(spec) for spec in (of_json_object("x"), of_regex("[a-c]{2,9}x*", "x"), of_regex(r"\\d+", "x"))]
+PROMPT = [5, 6, 7]
+
+
+class Walk:
+    """A sequence by random choices, and its matcher; stop ids of which one may stand in a text."""
+
+    def __init__(self, number: int) -> None:
+        self.chance, stops = random.Random(number), frozenset((STOP, ord("c")) if number % 2 else (STOP,))
+        self.matcher, self.alone = (Matcher(GRAMMARS[number % 3], stops) for _ in range(2))
+        self.tokens = list(PROMPT)
+
+    def mask(self) -> np.ndarray:
+        masks = np.zeros((1, VOCABULARY.words), dtype=np.int32)
+        self.alone.follow(self.tokens, len(PROMPT))
+        self.alone.fill(masks, 0)
+        return masks[0]
+
+    def go_on(self, mask: np.ndarray) -> bool:
+        ids = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
+        self.tokens.append(self.chance.choice([token for token in ids if token != STOP] or ids))
+        return self.tokens[-1] not in (STOP, ord("c"))
+
+
+@pytest.mark.parametrize("way", ["alone", "threads", "one by one"])
+def test_they_are_those_of_each_alone(way, monkeypatch) -> None:
+    """Also of a row that has not begun, of one that has more than a token to read, and of one whose token was not allowed."""
+    monkeypatch.setattr(batch, "_WORTH_THREADS_S", -1.0 if way == "threads" else 1e9)
+    monkeypatch.setattr(batch, "PATIENCE_S_A_TOKEN", -1.0 if way == "one by one" else 1e9)
+    filler, walks = MaskFiller(), [Walk(number) for number in range(9)]
+    masks = np.full((12, VOCABULARY.words), 77, dtype=np.int32)
+    for step in range(12):
+        if step == 5:
+            walks.append(Walk(9))
+        if step == 8:
+            walks[2].tokens.append(0)
+        chosen = walks if step % 4 else walks[::2]
+        filler.fill([walk.matcher for walk in chosen], [(walk.tokens, len(PROMPT)) for walk in chosen], masks)
+        expected = [walk.mask() for walk in chosen]
+        assert all((masks[row] == mask).all() for row, mask in enumerate(expected)), step
+        assert step or (masks[len(chosen) :] == 77).all()
+        walks = [walk for walk, mask in zip(chosen, expected, strict=True) if not mask.any() or walk.go_on(mask)] + [
+            walk for walk in walks if walk not in chosen]  # fmt: skip
+        assert len(walks) > 3
