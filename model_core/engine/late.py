@@ -48,8 +48,8 @@ class LateRows:
         self.slots: set[int | None] = set()
         self._pin, self._words = state.position.is_cuda, -(-sampler.vocab_size // 32)
         most = state.dump
-        self._inputs = Packed([("slots", most, "int64"), ("places", most, "int64"), ("masks", most * self._words, "int32")],
-                              sampler.device)  # fmt: skip
+        fields = [("slots", most, "int64"), ("places", most, "int64"), ("masks", most * self._words, "int32")]
+        self._inputs = Packed(fields, sampler.device, copies=3)  # a step in flight, maybe with prompts, and one to fill
         self._out = torch.zeros(most, dtype=torch.int64, device=sampler.device)
         self._host = torch.zeros((MOST_AHEAD + 2) * most, dtype=torch.int64, pin_memory=self._pin)  # a ring of tokens
         self._next = 0

@@ -15,7 +15,8 @@ class StepRecord(NamedTuple):
     """One engine step. Times in microseconds; `at` is time.time() when the step was launched, and so are the counts.
 
     gpu_us: from the step's first graph to its last copy, on the device; idle_us: from the end of the step before to that
-    graph, 0 if the engine had nothing to do meanwhile. Both are 0 on a CPU.
+    graph, 0 if the engine had nothing to do meanwhile. Both are 0 on a CPU. Where a step's graph is done before there are masks
+    for its rows under a grammar, gpu_us counts the wait for them.
     """
 
     step: int

@@ -18,6 +18,7 @@ from model_core.engine.engine import Engine
 from model_core.engine.graph_runner import GraphRunner
 from model_core.engine.request import Request, SamplingParams
 from model_core.errors import ConfigError
+from model_core.grammar.spec import of_regex
 from model_core.kernels.linear import packing_works
 from model_core.kernels.linear_fixed import _MANY, fixed_tiles, linear_fixed
 from model_core.weights.checkpoint import open_checkpoint
@@ -114,7 +115,9 @@ def test_with_two_threads(tmp_path, dtype):
 def test_prefill_graphs_decode(tmp_path):
     """The GPU's runner, its kernels in the interpreter: no decode graph, any number of sequences in a prefill's."""
     folder = write_model("tiny", tmp_path / "tiny", dtype=torch.float32)
-    asked = requests([1, 12, 5], 500, new=3, twins=False)
+    digits = of_regex(r"\d{9}", "structured_outputs.regex")
+    held = SamplingParams(max_tokens=3, seed=9, ignore_eos=True, stop_ids=(300,), grammar=digits)
+    asked = [*requests([1, 12, 5], 500, new=3, twins=False), Request("held", [7, 8], held)]
 
     def captured(engine):
         parts = engine.parts
