@@ -17,14 +17,16 @@ from model_core.grammar.native import native
 
 _MOST_THREADS = 8
 _WORTH_THREADS_S = 400e-6  # of a fill: they are made and joined in each one, which takes 50 us and more
+_FILLS = 16  # that threads do after one that took so long; then it is seen again whether they need to
 
 
 class MaskFiller:
-    """Of one thread. Where fills take long, native threads share them."""
+    """Of one thread. Where a fill takes long, native threads share the next ones."""
 
     def __init__(self) -> None:
         self._alone, self._together = (native.BatchGrammarMatcher(threads) for threads in (1, min(_MOST_THREADS, cores())))
-        self._long = self._one_by_one = False
+        self._shared = 0  # so many fills are still to be done by threads
+        self._one_by_one = False
 
     def fill(self, matchers: list[Matcher], outputs: Sequence[tuple[Sequence[int], int]], masks: np.ndarray) -> None:
         """Row i of int32 [at least len(matchers), words] becomes the mask of what may follow the output tokens[start:] with
@@ -44,10 +46,10 @@ class MaskFiller:
                 matcher.fill(masks, row)
             took = time.perf_counter() - began
         else:
-            batch = self._together if self._long else self._alone
+            batch = self._together if self._shared else self._alone
             batch.batch_fill_next_token_bitmask([matcher.native for matcher in matchers], masks, None, False)
             took = time.perf_counter() - began
             for row, matcher in enumerate(matchers):
                 matcher.finish(masks, row, took / len(matchers))
-        self._long = took > (_WORTH_THREADS_S / 4 if self._long else _WORTH_THREADS_S)
+        self._shared = self._shared - 1 if self._shared else _FILLS * (took > _WORTH_THREADS_S)
         self._one_by_one = took > PATIENCE_S_A_TOKEN  # to see whose grammar it is: fill ends one that goes on like this
