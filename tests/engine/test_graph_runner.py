@@ -17,6 +17,7 @@ from model_core.engine.graph_runner import GraphRunner
 from model_core.engine.late import LateRows
 from model_core.engine.request import Request, SamplingParams
 from model_core.grammar.spec import of_choice, of_regex
+from model_core.kernels.decode import restrict, sample
 from model_core.kernels.decode.attention import SplitTiles
 from model_core.kernels.decode.products import RowTiles
 from model_core.kernels.decode.tiles import TensorTiles
@@ -175,6 +176,30 @@ def test_grammars_across_preemption_and_aborts(folder):
                  steps=[])  # fmt: skip
     assert actual[3].preemptions == 2 and actual[1] == {"r0": "stop", "r1": "abort"} and actual[0]["r0"] == expected[0]["r0"]
     assert 3 <= len(actual[0]["r1"]) <= 4 and actual[0]["r1"] == expected[0]["r1"][: len(actual[0]["r1"])]
+
+
+def test_a_grammar_that_allows_nothing_more_ends_one_request_alone(folder):
+    """With its next step in flight, whose row is computed in vain."""
+    short = of_choice(["a"], "structured_outputs.choice")
+    requests = [under("stuck", 0, short, min_tokens=9), under("fine", 0, CHOICE, seed=3)]
+    expected = run(folder, requests)
+    actual = run(folder, requests, tiles={2: TILES}, warm_up=GPU, ahead=MOST_AHEAD, max_seqs=2, steps=[])
+    assert actual[:2] == expected[:2] and actual[1] == {"stuck": "error", "fine": "stop"} and len(actual[0]["stuck"]) == 1
+
+
+@only_gpu
+def test_nothing_is_compiled_for_the_first_grammar(folder, monkeypatch):
+    from triton.runtime.jit import JITFunction
+
+    kernels, compiled, inner, warm_up = (restrict._kernel, sample._kernel), [], JITFunction._do_compile, GraphRunner.warm_up
+    for kernel in kernels:
+        kernel.device_caches.clear()
+    monkeypatch.setattr(JITFunction, "_do_compile", lambda self, *args: compiled.append(self) or inner(self, *args))
+    monkeypatch.setattr(GraphRunner, "warm_up", lambda self, *args: (warm_up(self, *args), compiled.append("served")))
+    ways = [dict(temperature=0.0), dict(top_k=5, top_p=0.9, frequency_penalty=1.0), dict(logprobs=1)]
+    run(folder, [under(f"r{i}", i, PHONE, **way) for i, way in enumerate(ways)], tiles={1: TILES, 4: TILES}, steps=[])
+    at = compiled.index("served")
+    assert set(kernels) <= set(compiled[:at]) and not set(kernels) & set(compiled[at:])
 
 
 def bytes_of(folder, tokens):

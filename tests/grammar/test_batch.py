@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from model_core.grammar import batch
+from model_core.grammar import batch, matcher
 from model_core.grammar.batch import MaskFiller
 from model_core.grammar.matcher import Matcher
 from model_core.grammar.spec import of_json_object, of_regex
@@ -57,3 +57,18 @@ def test_they_are_those_of_each_alone(way, monkeypatch) -> None:
         walks = [walk for walk, mask in zip(chosen, expected, strict=True) if not mask.any() or walk.go_on(mask)] + [
             walk for walk in walks if walk not in chosen]  # fmt: skip
         assert len(walks) > 3
+
+
+def test_a_grammar_that_takes_too_long_is_found_among_others(monkeypatch) -> None:
+    """What several take together is nobody's; one after the other they are timed, and only one of them is slow."""
+    filler, walks = MaskFiller(), [Walk(number) for number in range(3)]
+    masks, slow = np.zeros((3, VOCABULARY.words), dtype=np.int32), walks[1].matcher
+    clock = iter(range(10**6))
+    monkeypatch.setattr(batch.time, "perf_counter", lambda: next(clock) * 1e-3)  # a millisecond each time that it is read
+    monkeypatch.setattr(batch, "PATIENCE_S_A_TOKEN", 0.0005)
+    monkeypatch.setattr(matcher, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(slow, "finish", lambda masks, row, seconds: Matcher.finish(slow, masks, row, 100 * seconds))
+    for _ in range(4):
+        filler.fill([walk.matcher for walk in walks], [(walk.tokens, len(PROMPT)) for walk in walks], masks)
+    assert [walk.matcher.failure is not None for walk in walks] == [False, True, False]
+    assert "takes too long to follow" in slow.failure and not masks[1].any() and masks[[0, 2]].any(axis=1).all()
