@@ -169,12 +169,15 @@ def test_grammars_take_part_in_every_step(folder):
 
 
 def test_grammars_across_preemption_and_aborts(folder):
-    """Of one that is preempted the next step is in flight, and so of one that is aborted; the former comes back."""
-    requests = [under("r0", 0, CHOICE, temperature=1.0, seed=3, top_k=40), under("r1", 0, PHONE, temperature=1.0, seed=5)]
+    """Of one that is preempted the next step is in flight, and so of one that is aborted; the former comes back, by a chunk in
+    one graph with a third one's decode, whose mask waits for a token."""
+    digits = of_regex(r"\d{9}", "structured_outputs.regex")
+    requests = [under("r0", 0, CHOICE, temperature=1.0, seed=3, top_k=40), under("r1", 0, PHONE, temperature=1.0, seed=5),
+                under("r2", 0, digits, temperature=0.0, max_tokens=8)]  # fmt: skip
     expected = run(folder, requests)
-    actual = run(folder, requests, tiles={2: TILES}, preempt="r0", abort="r1", warm_up=GPU, ahead=MOST_AHEAD, max_seqs=2,
-                 steps=[])  # fmt: skip
-    assert actual[3].preemptions == 2 and actual[1] == {"r0": "stop", "r1": "abort"} and actual[0]["r0"] == expected[0]["r0"]
+    actual = run(folder, requests, tiles={4: TILES}, preempt="r0", abort="r1", warm_up=GPU, ahead=MOST_AHEAD, steps=[])
+    assert actual[3].preemptions == 2 and actual[1] == {"r0": "stop", "r1": "abort", "r2": "length"}
+    assert all(actual[0][name] == expected[0][name] for name in ("r0", "r2"))
     assert 3 <= len(actual[0]["r1"]) <= 4 and actual[0]["r1"] == expected[0]["r1"][: len(actual[0]["r1"])]
 
 
