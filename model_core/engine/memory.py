@@ -104,14 +104,14 @@ def plan_memory(model: ModelConfig, engine: EngineConfig, *, device: str, elemen
 
 
 def _step_buffers(model: ModelConfig, max_seqs: int, element_bytes: int) -> int:
-    """Fixed buffers of captured steps (model/decode.py, engine/graphs.py): a row's vectors, its attention splits, logits,
-    and what is gathered of these."""
+    """Fixed buffers of captured steps (model/decode.py, engine/graphs.py, engine/late.py): a row's vectors, its attention
+    splits, logits of decodes and of prompts, what is gathered of these, and masks."""
     qkv, inner = model.q_size + 2 * model.kv_size, model.intermediate_size
     vectors = 2 * model.hidden_size + 2 * model.q_size + inner + max(qkv, 2 * inner)
     splits = MAX_SPLITS * model.num_heads * (model.head_dim + 2) * 4
     sampled = model.vocab_size * 4 + RULES * 4 + SAMPLE_BYTES
-    masks = max_seqs * model.vocab_size // 8
-    return max_seqs * (vectors * element_bytes + splits) + (max_seqs + 64) * sampled + masks + (64 << 20)
+    masks = max_seqs * -(-model.vocab_size // 32) * 4
+    return max_seqs * (vectors * element_bytes + splits) + 2 * max_seqs * sampled + masks + (64 << 20)
 
 
 def _weight_bytes(model: ModelConfig, device: str, element_bytes: int, deterministic: bool) -> int:
