@@ -212,7 +212,8 @@ class Engine:
             logger.warning("refused a request: %s", error)
 
     def _turn(self, flights: deque[Launched]) -> None:
-        """Schedule and launch a step, then read the oldest one as soon as enough others are behind it."""
+        """Schedule and launch a step, then read the oldest one as soon as enough others are behind it. The next one can then
+        sample what waited for that one's tokens."""
         began = time.perf_counter()
         ahead = self._lookahead(flights)
         launched = len(flights) <= ahead and self._launch(flights)
