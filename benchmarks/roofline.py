@@ -55,7 +55,7 @@ class Launch:
     call: Callable[[], object]
 
 
-def launches(chain: DecodeChain, rows: torch.Tensor, out: torch.Tensor, tiles: StepTiles, longest: int) -> list[Launch]:
+def launches(chain: DecodeChain, rows: torch.Tensor, tiles: StepTiles, longest: int) -> list[Launch]:
     """The ops of a step in order, with the arguments that the chain gives them. Runs the step once."""
     found: list[Launch] = []
     outputs = {layer.o.weight.data_ptr() for layer in chain.model.layers if layer.o.weight is not None}
@@ -76,7 +76,7 @@ def launches(chain: DecodeChain, rows: torch.Tensor, out: torch.Tensor, tiles: S
 
     recorders: dict[str, Any] = {name: recording(op, kernel) for name, op, kernel in chain_ops()}
     with mock.patch.multiple(decode, **recorders):
-        chain.launch(rows, out, tiles, longest=longest)
+        chain.launch(rows, tiles, longest=longest)
     return found
 
 
@@ -158,7 +158,7 @@ def measure(runner: GraphRunner, batch: int, context: int, cold: ColdCache) -> t
     step = replay_us(graph, repeats=5, inner=8)  # type: ignore[arg-type]
     occupy(runner, decodes, batch, context)
     tiles = decodes.tiles[bucket]
-    ops = launches(decodes.chain, decodes.rows[:bucket], decodes.out[:bucket], tiles, longest)
+    ops = launches(decodes.chain, decodes.rows[:bucket], tiles, longest)
     found = {}
     for kernel in KERNELS:
         calls = [op.call for op in ops if op.kernel == kernel]

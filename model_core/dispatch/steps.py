@@ -39,7 +39,7 @@ def longest_context(chain: DecodeChain, far: bool = False) -> int:
 
 def step_call(chain: DecodeChain, rows: torch.Tensor, tiles: StepTiles, layers: int, far: bool) -> Callable[[], object]:
     """One step of slots `rows` (int64 [M]), as something that can be pickled for the processes that compile."""
-    return partial(chain.launch, rows, torch.zeros_like(rows), tiles, longest=longest_context(chain, far), layers=layers)
+    return partial(chain.launch, rows, tiles, longest=longest_context(chain, far), layers=layers)
 
 
 class Occupants:

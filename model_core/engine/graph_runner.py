@@ -26,13 +26,13 @@ from model_core.engine.late import LateRow, LateRows
 from model_core.engine.memory import available_host_memory
 from model_core.engine.packed import Packed
 from model_core.engine.plan import Limits, Scheduled, Scored, StepPlan
-from model_core.engine.runner import InFlight, Part
-from model_core.engine.sampler import Sampled, Sampler, divisor
+from model_core.engine.runner import Chosen, InFlight
+from model_core.engine.sampler import Sampler, divisor
 from model_core.engine.scores import Scorer, sent
 from model_core.engine.sequence import Sequence
 from model_core.engine.startup import Timed, untimed
 from model_core.engine.tables import BlockTables
-from model_core.kernels.decode.state import DecodeState
+from model_core.kernels.decode.state import RING, DecodeState
 from model_core.model.batch import blocks_of
 from model_core.model.decode import DecodeChain, why_unsupported
 from model_core.model.kv import KVCache
@@ -79,8 +79,8 @@ class GraphRunner:
         self._places = np.arange(limits.max_seqs)
         self._clock = Clock(device)
         self._tables = BlockTables(self.state, device)
-        self._outs = [torch.zeros(limits.max_seqs, dtype=torch.int64, pin_memory=self._pin) for _ in range(MOST_AHEAD + 1)]
-        self._out = 0
+        self._chosen = self.state.chosen.numpy()
+        assert MOST_AHEAD + 1 < RING
 
     def launch(self, plan: StepPlan, proceed: Callable[[], object] = int) -> InFlight:
         for seq in plan.admitted:
@@ -102,7 +102,7 @@ class GraphRunner:
             chunks = [Scheduled(plan.decodes[place], plan.starts[place], 1, True) for place in where] + chunks
             slots = slots[ready]
         if len(places):
-            self._decode(flight, places, slots, max(plan.starts))
+            self._decode(flight, places, slots, starts[ready])
         place = len(plan.decodes)
         for seq, start, count, samples in plan.chunks:
             assert seq.slot is not None
@@ -126,8 +126,8 @@ class GraphRunner:
         seqs = len(plan.decodes) + len(plan.chunks)
         return seqs <= self.prefills.seqs_of(plan.num_tokens) and max(plan.starts, default=0) < _LONGEST_JOINED
 
-    def _decode(self, flight: InFlight, places: np.ndarray, rows: np.ndarray, furthest: int) -> None:
-        """rows int64 [len(places)]: slots of the decodes at these places of the plan, none at a position beyond `furthest`."""
+    def _decode(self, flight: InFlight, places: np.ndarray, rows: np.ndarray, starts: np.ndarray) -> None:
+        """rows, starts int64 [len(places)]: slots of the decodes at these places of the plan, and what they compute."""
         assert self.decodes is not None
         count, plan = len(rows), flight.plan
         bucket = fitting(self.decodes.buckets, count)
@@ -138,12 +138,14 @@ class GraphRunner:
             host[count:] = self.state.dump
             self._rows.send()
             self.decodes.rows.copy_(self._rows.device["rows"], non_blocking=True)
-        graph = self.decodes.get(bucket, fitting(self.decodes.lengths, furthest + 1))
+        graph = self.decodes.get(bucket, fitting(self.decodes.lengths, int(starts.max()) + 1))
         flight.span.begin()
         graph.replay()
         late = [LateRow(row, Scheduled(plan.decodes[place], plan.starts[place], 1, True)) for row, place in enumerate(places)
                 if plan.decodes[place].slot in self.late.slots] if self.late.slots else []  # fmt: skip
-        self._sampled(flight, places, late, self.decodes.chain.logits, self.decodes.out, self._next_out())
+        flight.parts.append(Chosen(places, rows, starts + 1, self._chosen))
+        if late:
+            self.late.sample(flight, places, late, self.decodes.chain.logits)
 
     def _prefill(self, flight: InFlight, entries: list[Scheduled], places: np.ndarray, scored: list[Scored]) -> None:
         """scored: of these entries, by their numbers here. A graph gives no hidden states, so then the ops are launched."""
@@ -194,21 +196,10 @@ class GraphRunner:
             flight.scores.append(self.scorer.score(hidden, scored))
         else:
             bucket.graph.replay()
-        host = torch.empty(seqs, dtype=torch.int64, pin_memory=self._pin)
         late = [LateRow(row, entry) for row, entry in enumerate(entries) if entry.samples and entry.seq.slot in self.late.slots]
-        self._sampled(flight, places, late, bucket.logits, bucket.out, host)
-
-    def _sampled(self, flight: InFlight, places: np.ndarray, late: list[LateRow], logits: torch.Tensor, out: torch.Tensor,
-                 host: torch.Tensor) -> None:  # fmt: skip
-        """Bring a graph's tokens to the host, and see to the rows that it did not sample for good."""
-        count = len(places)
-        flight.parts.append(Part(places, Sampled(host[:count].copy_(out[:count], non_blocking=True))))
+        flight.parts.append(Chosen(places, slots, starts + counts, self._chosen))
         if late:
-            self.late.sample(flight, places, late, logits)
-
-    def _next_out(self) -> torch.Tensor:
-        self._out = (self._out + 1) % len(self._outs)
-        return self._outs[self._out]
+            self.late.sample(flight, places, late, bucket.logits)
 
     def calibrate(self, mode: Mode, before: Callable[[], object] = int) -> None:
         """Decode by what was measured on this kind of machine, or is measured now, after a call of `before`. Before warm_up."""
@@ -227,7 +218,7 @@ class GraphRunner:
             return
         decodes, chosen = self.decodes, self.decodes.kinds()
         jobs: list[Any] = [
-            partial(decodes.chain.launch, decodes.rows[:rows], decodes.out[:rows], tiles, longest=longest)
+            partial(decodes.chain.launch, decodes.rows[:rows], tiles, longest=longest)
             for (_, tiles), rows in chosen.items() for longest in decodes.lengths[:2]
         ]
         jobs.append(self.late.kernels(1, self.prefills.logits))

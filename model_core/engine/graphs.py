@@ -87,14 +87,13 @@ def fitting(buckets: list[int], size: int) -> int:
 
 
 class DecodeGraphs:
-    """One graph per (bucket of rows, bucket of the longest context). `rows` and `out` [max_seqs] are the graphs' own."""
+    """One graph per (bucket of rows, bucket of the longest context). `rows` [max_seqs] are the graphs' own."""
 
     def __init__(self, chain: DecodeChain, tiles: dict[int, StepTiles], max_context: int, pool: GraphPool) -> None:
         self.chain, self.tiles, self.pool = chain, tiles, pool
         self.buckets = sorted(tiles)
         device = chain.q.device
         self.rows = torch.full((self.buckets[-1],), chain.state.dump, dtype=torch.int64, device=device)
-        self.out = torch.zeros_like(self.rows)
         # Beyond MAX_SPLITS splits the grid stays the same: three widths are enough.
         self.lengths = [length for length in (NEAR, 4 * NEAR) if length < max_context] + [max_context]
         self._graphs: dict[tuple[int, int], Replay] = {}
@@ -127,18 +126,17 @@ class DecodeGraphs:
 
     def compute(self, rows: int, longest: int) -> None:
         """The same without a graph: the twin for debugging and for compiling."""
-        self.chain.launch(self.rows[:rows], self.out[:rows], self.tiles[rows], longest=longest)
+        self.chain.launch(self.rows[:rows], self.tiles[rows], longest=longest)
 
 
 @dataclass
 class PrefillGraph:
-    """One bucket. Inputs are fields of `packed`; afterwards `logits` [seqs, vocab] and `out` [seqs] hold the results."""
+    """One bucket. Inputs are fields of `packed`; afterwards `logits` [seqs, vocab] holds what was sampled from."""
 
     tokens: int
     seqs: int
     packed: Packed
     logits: torch.Tensor
-    out: torch.Tensor
     graph: Replay | None = None
 
 
@@ -161,7 +159,6 @@ class PrefillGraphs:
         self.compiling = buckets if model.invariant and self.device.type == "cuda" else buckets[:1]
         self.samples = SampleSpace(seqs, self.device)
         self.logits = torch.empty((seqs, config.vocab_size), dtype=torch.float32, device=self.device)
-        self.out = torch.zeros(seqs, dtype=torch.int64, device=self.device)
         self._graphs: dict[int, PrefillGraph] = {}
 
     def seqs_of(self, tokens: int, seqs: int = 0) -> int:
@@ -187,7 +184,7 @@ class PrefillGraphs:
             packed.device["sample_slots"].fill_(self.state.dump)
             packed.device["blocks"].fill_(-1)
             packed.device["context_len"].fill_(1)
-            self._graphs[tokens] = PrefillGraph(tokens, seqs, packed, self.logits[:seqs], self.out[:seqs])
+            self._graphs[tokens] = PrefillGraph(tokens, seqs, packed, self.logits[:seqs])
         found = self._graphs[tokens]
         if capture and found.graph is None:
             found.graph = self.pool.capture(lambda: self.compute(found))
@@ -219,5 +216,5 @@ class PrefillGraphs:
         hidden = self.model.hidden_states(batch, self.kv, self.ops)
         bucket.logits.copy_(self.model.logits(hidden[: bucket.seqs]))
         restrict(bucket.logits, d["sample_slots"], state, self.samples, pdl=False)
-        sample(bucket.logits, d["sample_slots"], state, bucket.out, self.samples, pdl=False)
+        sample(bucket.logits, d["sample_slots"], state, self.samples, pdl=False)
         return hidden

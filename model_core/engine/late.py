@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from model_core.engine.clock import MOST_AHEAD
 from model_core.engine.packed import Packed
 from model_core.engine.plan import Scheduled
 from model_core.engine.rules import SlotRules
@@ -50,9 +49,6 @@ class LateRows:
         most = state.dump
         fields = [("slots", most, "int64"), ("places", most, "int64"), ("masks", most * self._words, "int32")]
         self._inputs = Packed(fields, sampler.device, copies=3)  # a step in flight, maybe with prompts, and one to fill
-        self._out = torch.zeros(most, dtype=torch.int64, device=sampler.device)
-        self._host = torch.zeros((MOST_AHEAD + 2) * most, dtype=torch.int64, pin_memory=self._pin)  # a ring of tokens
-        self._next = 0
         self._filler: MaskFiller | None = None
 
     def assign(self, seq: Sequence) -> None:
@@ -85,10 +81,9 @@ class LateRows:
         for group in [[one] for one in special] if self._invariant else [special] * bool(special):
             flight.parts.append(Part(places[[row for row, _ in group]], to_host(self._again(group, logits))))
         if held:
-            flight.parts.append(Part(places[[row for row, _ in held]], Sampled(self._under_masks(held, logits))))
+            self._under_masks(held, logits)
 
-    def _under_masks(self, held: list[LateRow], logits: torch.Tensor) -> torch.Tensor:
-        """Tokens, int64 [len(held)]: on the host once the step is done."""
+    def _under_masks(self, held: list[LateRow], logits: torch.Tensor) -> None:
         if self._filler is None:
             from model_core.grammar.batch import MaskFiller  # not loaded before there is a grammar
 
@@ -102,16 +97,12 @@ class LateRows:
         self._filler.fill(matchers, outputs, inputs["masks"].reshape(-1, self._words))
         self._inputs.send(count * self._words)
         self.kernels(count, logits)()
-        if self._next + count > len(self._host):
-            self._next = 0
-        self._next += count
-        return self._host[self._next - count : self._next].copy_(self._out[:count], non_blocking=True)
 
     def kernels(self, count: int, logits: torch.Tensor) -> Callable[[], None]:
         """What launches those of `count` held rows."""
         slots, places, masks = (self._inputs.device[name] for name in ("slots", "places", "masks"))
         held = HeldRows(places, masks.view(-1, self._words))
-        return partial(_choose, logits, slots[:count], self.state, self._out, self._space, held)
+        return partial(_choose, logits, slots[:count], self.state, self._space, held)
 
     def _again(self, special: list[LateRow], logits: torch.Tensor) -> Sampled:
         rows, chosen = [row for row, _ in special], [entry for _, entry in special]
@@ -136,7 +127,6 @@ class LateRows:
             self.sampler.sample(logits[:1].clone(), slots, slots, [params], [], self.sampler.no_masks(1))
 
 
-def _choose(logits: torch.Tensor, slots: torch.Tensor, state: DecodeState, out: torch.Tensor, space: SampleSpace,
-            held: HeldRows) -> None:  # fmt: skip
+def _choose(logits: torch.Tensor, slots: torch.Tensor, state: DecodeState, space: SampleSpace, held: HeldRows) -> None:
     restrict(logits, slots, state, space, pdl=False, held=held)
-    sample(logits, slots, state, out, space, pdl=False, held=held)
+    sample(logits, slots, state, space, pdl=False, held=held)

@@ -14,6 +14,7 @@ from model_core.engine.plan import Limits, Scheduled, StepPlan
 from model_core.engine.request import SamplingParams, TokenLogprobs
 from model_core.engine.sampler import Sampled, Sampler
 from model_core.engine.scores import Scorer, Scores, copied, sent
+from model_core.kernels.decode.state import RING
 from model_core.model.batch import Batch
 from model_core.model.kv import KVCache
 from model_core.model.llama import Llama
@@ -26,6 +27,22 @@ class Part:
     places: np.ndarray
     sampled: Sampled
 
+    def tokens(self) -> np.ndarray:
+        return self.sampled.tokens.numpy()
+
+
+@dataclass
+class Chosen:
+    """Rows that kernels sampled: the tokens of slots at positions, both int64, in DecodeState.chosen. places: as a Part's."""
+
+    places: np.ndarray
+    slots: np.ndarray
+    positions: np.ndarray
+    ring: np.ndarray
+
+    def tokens(self) -> np.ndarray:
+        return self.ring[self.slots, self.positions % RING]
+
 
 @dataclass
 class InFlight:
@@ -36,7 +53,7 @@ class InFlight:
     these tokens tell their masks. `finish` does it; no other step may be launched before."""
 
     plan: StepPlan
-    parts: list[Part]
+    parts: list[Part | Chosen]
     span: Span
     scores: list[Scores] = field(default_factory=list)
     rest: list[Callable[[], None]] = field(default_factory=list)
@@ -63,8 +80,8 @@ class InFlight:
         tokens = np.zeros(len(sampling) + 1, dtype=np.int64)  # the last one is nobody's
         logprobs: dict[int, list[TokenLogprobs]] = {}
         for part in self.parts:
-            tokens[part.places] = part.sampled.tokens.numpy()
-            if part.sampled.logprob is not None:
+            tokens[part.places] = part.tokens()
+            if isinstance(part, Part) and part.sampled.logprob is not None:
                 for row, place in enumerate(part.places.tolist()):
                     if place >= 0 and (count := sampling[place].request.params.logprobs) is not None:
                         logprobs[place] = [part.sampled.logprobs_of(row, count)]

@@ -66,9 +66,8 @@ class DecodeChain:
         if (floats, counters) != (self.space.part.numel(), self.space.arrived.numel()):
             self.space = TileSpace(floats, counters, self.space.part.device)
 
-    def launch(self, rows: torch.Tensor, out: torch.Tensor, tiles: StepTiles, *, longest: int,
-               layers: int | None = None) -> None:  # fmt: skip
-        """Compute the last tokens of slots `rows` (int64 [M]) and sample the next into `out` (int64 [M]).
+    def launch(self, rows: torch.Tensor, tiles: StepTiles, *, longest: int, layers: int | None = None) -> None:
+        """Compute the last tokens of slots `rows` (int64 [M]) and sample the next.
 
         longest: bound of every slot's context. layers: only the first ones, for calibration. Afterwards `logits` [:M] holds
         what was sampled from.
@@ -76,7 +75,7 @@ class DecodeChain:
         count = rows.shape[0]
         (self._in_rows if tiles.in_rows else self._in_stream)(rows, tiles, longest, layers)
         restrict(self.logits[:count], rows, self.state, self.samples, pdl=self.pdl)
-        sample(self.logits[:count], rows, self.state, out, self.samples, pdl=self.pdl)
+        sample(self.logits[:count], rows, self.state, self.samples, pdl=self.pdl)
 
     def _attend(self, layer: int, rows: torch.Tensor, tiles: SplitTiles, longest: int) -> torch.Tensor:
         count, config = rows.shape[0], self.model.config

@@ -18,6 +18,7 @@ from model_core.kernels.decode.sample import SampleSpace, sample, sample_torch
 from model_core.kernels.decode.state import DecodeState
 from model_core.kernels.decode.streaming import StreamTiles
 from model_core.kernels.decode.tiles import Stream, TensorTiles, TileSpace
+from tests.kernels.chosen import chosen, own_chosen
 
 GPU = torch.cuda.is_available()
 PAGE, VOCAB, CONTEXT, EPS = 16, 336, 512, 1e-5
@@ -304,26 +305,24 @@ def test_sample(device):
     case = Case(torch.float32, device)
     logits = torch.randn(3, VOCAB, device=device) * 3
     logits[1, 7] = logits[1, 200] = 50.0  # equals: the lowest id wins
-    states = [copy.deepcopy(case.state) for _ in range(2)]
-    outs = [torch.zeros(3, dtype=torch.int64, device=device) for _ in range(2)]
+    states = [own_chosen(copy.deepcopy(case.state)) for _ in range(2)]
     space = SampleSpace(3, device)
     for broken in (False, True):
         if broken:
             logits[0, 5] = float("nan")
-        sample(logits, case.rows, states[0], outs[0], space, pdl=case.pdl)
-        sample_torch(logits, case.rows, states[1], outs[1], space)
-        assert torch.equal(*outs)
+        sample(logits, case.rows, states[0], space, pdl=case.pdl)
+        sample_torch(logits, case.rows, states[1], space)
+        assert torch.equal(*(chosen(state, case.rows) for state in states))
         assert torch.equal(states[0].last_token, states[1].last_token)
         assert torch.equal(states[0].position, states[1].position)
         assert (space.arrived == 0).all()
-    assert outs[0][0] == -1 and outs[0][1] == 7
+    assert chosen(states[0], case.rows)[:2].tolist() == [-1, 7]
 
 
 def test_padding_rows_do_not_move_the_dump_slot(device):
     case = Case(torch.float32, device)
     rows = torch.tensor([0, case.state.dump, case.state.dump], device=device)
     before = case.state.position.clone()
-    sample(torch.randn(3, VOCAB, device=device), rows, case.state, torch.zeros(3, dtype=torch.int64, device=device),
-           SampleSpace(3, device), pdl=case.pdl)  # fmt: skip
+    sample(torch.randn(3, VOCAB, device=device), rows, case.state, SampleSpace(3, device), pdl=case.pdl)
     assert (case.state.position - before).tolist() == [1, 0, 0, 0, 0]
-    assert case.state.last_token[case.state.dump] == 0
+    assert case.state.last_token[case.state.dump] == 0 and not case.state.chosen[case.state.dump].any()

@@ -13,6 +13,7 @@ from model_core.kernels.decode.products import chains_launches
 from model_core.kernels.decode.restrict import restrict, restrict_torch
 from model_core.kernels.decode.sample import CANDIDATES, COLUMNS, SampleSpace, sample, sample_torch
 from model_core.kernels.decode.state import HELD, PENALTIES, DecodeState, HeldRows
+from tests.kernels.chosen import chosen
 
 GPU = torch.cuda.is_available()
 VOCAB = 700
@@ -62,8 +63,9 @@ class Case:
         assert not wrong, [(self.asks[row], limit[row], wanted[row]) for row in wrong]
         assert (limit == -torch.inf).equal(wanted == -torch.inf)
 
-        before, out = self.sampler.counts.clone(), torch.zeros_like(self.rows)
-        sample(logits, self.rows, self.state, out, self.space, pdl=self.pdl)
+        before = self.sampler.counts.clone()
+        sample(logits, self.rows, self.state, self.space, pdl=self.pdl)
+        out = chosen(self.state, self.rows)
         after = self.sampler.counts.clone()
         self.sampler.counts.copy_(before)
         early = [(row, tuple(STOPS)) for row, ask in enumerate(self.asks) if len(OUTPUT) < ask.min_tokens]
@@ -88,12 +90,11 @@ class Held:
     def choose(self, logits):
         """Tokens of the held rows by the kernels, and by the sampler from logits that nobody has touched. For the kernels they
         lie one place further."""
-        case, count = self.case, len(self.slots)
+        case = self.case
         before, counts = case.logits[self.slots].clone(), case.sampler.counts.clone()
         shifted, rows = logits.roll(1, 0), replace(self.rows, places=(self.slots + 1) % len(logits))
         restrict(shifted, self.slots, case.state, case.space, pdl=False, held=rows)
-        out = torch.full_like(self.slots, 77)
-        sample(shifted, self.slots, case.state, out, case.space, pdl=False, held=rows)
+        sample(shifted, self.slots, case.state, case.space, pdl=False, held=rows)
         logits.copy_(shifted.roll(-1, 0))
         after = case.sampler.counts.clone()
         case.sampler.counts.copy_(counts)
@@ -104,8 +105,8 @@ class Held:
         counted &= tokens >= 0
         assert after[self.slots[counted]].equal(case.sampler.counts[self.slots[counted]])
         assert case.state.last_token[self.slots].equal(tokens.clamp(min=0))
-        assert (case.state.position[self.slots] == HERE).all() and len(out) == count
-        return out, tokens
+        assert (case.state.position[self.slots] == HERE).all()
+        return chosen(case.state, self.slots), tokens
 
 
 def noise(rows, vocab, step=0.25, seed=0):
@@ -172,8 +173,8 @@ def test_a_broken_row_is_told_and_its_mates_do_not_notice(device, value):
     logits[0, 3] = logits[2, 500] = value
     case = Case(asking(*[ask] * 3), logits, device)
     found, _ = case.restrict()
-    out = torch.zeros_like(case.rows)
-    sample(found, case.rows, case.state, out, case.space, pdl=case.pdl)
+    sample(found, case.rows, case.state, case.space, pdl=case.pdl)
+    out = chosen(case.state, case.rows)
     assert out.tolist()[::2] == [-1, -1] and out[1] >= 0 and found[1].equal(whole[1])
 
 
@@ -183,11 +184,11 @@ def test_the_references_give_the_same_tokens(device):
     _, limits = case.check()
     tokens = case.state.last_token.clone()
     case.state.position[:-1] -= 1
-    logits, out = case.logits.clone(), torch.zeros_like(case.rows)
+    logits = case.logits.clone()
     case.sampler.counts[2, tokens[2]] -= 2
     restrict_torch(logits, case.rows, case.state, case.space)
-    sample_torch(logits, case.rows, case.state, out, case.space)
-    assert out.equal(tokens[:-1])
+    sample_torch(logits, case.rows, case.state, case.space)
+    assert chosen(case.state, case.rows).equal(tokens[:-1])
 
 
 def test_held_rows_wait_for_their_masks(device):
@@ -203,20 +204,23 @@ def test_held_rows_wait_for_their_masks(device):
     allowed[3, [11, 11 + 32, 699]] = True  # few for a k of 40
     held = Held(case, order, allowed)
 
-    logits, out, counts = case.logits.clone(), torch.full_like(case.rows, 55), case.sampler.counts.clone()
+    logits, counts = case.logits.clone(), case.sampler.counts.clone()
+    case.state.chosen.fill_(55)
     restrict(logits, case.rows, case.state, case.space, pdl=case.pdl)
-    sample(logits, case.rows, case.state, out, case.space, pdl=case.pdl)
+    sample(logits, case.rows, case.state, case.space, pdl=case.pdl)
+    out = chosen(case.state, case.rows)
     assert logits.equal(case.logits) and case.sampler.counts.equal(counts) and out[0] == out[9] == 55 != out[1]
     assert case.state.position[:-1].tolist() == [HERE - 1, HERE] + [HERE - 1] * 8
     assert not case.state.last_token[[0, 2, 9]].any() and case.state.last_token[1] == out[1]
 
-    expected, space, told = logits.clone(), SampleSpace(len(asks), device), torch.full_like(held.slots, 66)
+    expected, space = logits.clone(), SampleSpace(len(asks), device)
     restrict_torch(expected, held.slots, case.state, space, held.rows)
-    state = replace(case.state, **{name: getattr(case.state, name).clone() for name in ("last_token", "position", "counts")})
-    sample_torch(expected, held.slots, state, told, space, held.rows)
+    changed = ("chosen", "last_token", "position", "counts")
+    state = replace(case.state, **{name: getattr(case.state, name).clone() for name in changed})
+    sample_torch(expected, held.slots, state, space, held.rows)
     found, tokens = held.choose(logits)
     torch.testing.assert_close(logits, expected, rtol=1e-6 if GPU else 0, atol=0)
-    assert found.equal(tokens) and told.equal(tokens) and held.allowed.gather(1, tokens[:, None]).all()
+    assert found.equal(tokens) and chosen(state, held.slots).equal(tokens) and held.allowed.gather(1, tokens[:, None]).all()
 
 
 @pytest.mark.parametrize("params", [dict(temperature=0.0), dict(), dict(top_k=5, top_p=0.9, min_p=0.1, temperature=100.0)],

@@ -14,60 +14,57 @@ import torch
 
 from model_core.engine.philox import uniform
 from model_core.kernels.decode.products import follow, launch_options
-from model_core.kernels.decode.state import HELD, PENALTIES, RULES, DecodeState, HeldRows
+from model_core.kernels.decode.state import HELD, PENALTIES, RING, RULES, DecodeState, HeldRows
 from model_core.kernels.runtime import cdiv, jit, tl
 
 _SPLITS = 16
 COLUMNS, CANDIDATES = 2048, 4096  # of restrict.py: maxima of a row that is cut, and what it may keep outside the row
 SAMPLE_BYTES = 4 * (COLUMNS + CANDIDATES + 2 * _SPLITS + 2)  # of a row of SampleSpace
 HOPELESS = -1e25  # below any logit, and above what is forbidden (restrict.py), whatever temperature divides them
-_RULES, _PENALTIES, _HELD, _HOPELESS = (tl.constexpr(value) for value in (RULES, PENALTIES, HELD, HOPELESS))
+_RULES, _RING, _PENALTIES, _HELD, _HOPELESS = map(tl.constexpr, (RULES, RING, PENALTIES, HELD, HOPELESS))
 
 
 @jit(do_not_specialize_on_alignment=["rows_ptr", "places_ptr"])  # a prefill graph's lies between other arrays
 def _kernel(
-    logits_ptr, best_ptr, where_ptr, arrived_ptr, rows_ptr, token_ptr, position_ptr, temperature_ptr, seed_ptr, out_ptr,
+    logits_ptr, best_ptr, where_ptr, arrived_ptr, rows_ptr, token_ptr, position_ptr, temperature_ptr, seed_ptr, chosen_ptr,
     limit_ptr, rules_ptr, counts_ptr, places_ptr, dump, V: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr,
     BLOCK: tl.constexpr, OF_HELD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     split, row = tl.program_id(0), tl.program_id(1)
-    follow(PDL)
-    slot = tl.load(rows_ptr + row)
+    slot = tl.load(rows_ptr + row)  # what the host or the step before wrote is there before the wait
     flags = tl.load(rules_ptr + slot * _RULES)
-    if ((flags & _HELD) != 0) != OF_HELD:
-        return
-    row_ptr = logits_ptr + (tl.load(places_ptr + row) if OF_HELD else row.to(tl.int64)) * V
     position = tl.load(position_ptr + slot)
     temperature = tl.load(temperature_ptr + slot)
     seed = tl.load(seed_ptr + slot)
+    follow(PDL)
+    if ((flags & _HELD) != 0) != OF_HELD:
+        return
+    row_ptr = logits_ptr + (tl.load(places_ptr + row) if OF_HELD else row.to(tl.int64)) * V
     limit = tl.load(limit_ptr + row)
     scale = 1.0 / tl.where((temperature > 0) & (limit == float("-inf")), temperature, 1.0)
-    quad = tl.arange(0, BLOCK)
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    where = tl.full([BLOCK], V, tl.int32)
-    broken = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, SHARE, BLOCK):
-        c = (split * SHARE + start + quad).to(tl.uint32)  # Philox counter: four logits each
-        w0, w1, w2, w3 = c, c, c, c
+    best = tl.full([BLOCK, 4], float("-inf"), tl.float32)
+    where = tl.full([BLOCK, 4], V, tl.int32)
+    broken = tl.zeros([BLOCK, 4], tl.int32)
+    for start in tl.static_range(0, SHARE, BLOCK):
+        quad = start + tl.arange(0, BLOCK)
+        c = (split * SHARE + quad).to(tl.uint32)  # Philox counter: four logits each
+        j = c.to(tl.int32)[:, None] * 4 + tl.arange(0, 4)[None, :]
+        inside = (quad < SHARE)[:, None] & (j < V)
+        x = tl.load(row_ptr + j, mask=inside, other=float("-inf"))
+        broken |= (inside & ((x != x) | (x == float("inf")) | (x == float("-inf")))).to(tl.int32)
+        x = tl.where(x < limit, float("-inf"), x)
         if temperature > 0:  # the same for all of a program's logits: greedy rows skip the arithmetic
             zero = c * 0
             w0, w1, w2, w3 = tl.philox(seed, c, zero, zero + (position + 1).to(tl.uint32), zero)
-        words = (w0, w1, w2, w3)
-        for lane in tl.static_range(4):
-            j = c.to(tl.int32) * 4 + lane
-            inside = (start + quad < SHARE) & (j < V)
-            x = tl.load(row_ptr + j, mask=inside, other=float("-inf"))
-            broken |= (inside & ((x != x) | (x == float("inf")) | (x == float("-inf")))).to(tl.int32)
-            x = tl.where(x < limit, float("-inf"), x)
-            if temperature > 0:
-                u = ((words[lane] >> 9).to(tl.float32) + 0.5) * (1.0 / (1 << 23))
-                x = x * scale - tl.log(-tl.log(u))
-            better = (x > best) | ((x == best) & (j < where))
-            best = tl.where(better, x, best)
-            where = tl.where(better, j, where)
-    top = tl.max(best, axis=0)
-    index = tl.min(tl.where(best == top, where, V), axis=0)
-    top = tl.where(tl.max(broken, axis=0) > 0, float("nan"), top)
+            words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BLOCK, 4)
+            u = ((words >> 9).to(tl.float32) + 0.5) * (1.0 / (1 << 23))
+            x = x * scale - tl.log(-tl.log(u))
+        better = (x > best) | ((x == best) & (j < where))
+        best = tl.where(better, x, best)
+        where = tl.where(better, j, where)
+    top = tl.max(tl.max(best, axis=1), axis=0)
+    index = tl.min(tl.min(tl.where(best == top, where, V), axis=1), axis=0)
+    top = tl.where(tl.max(tl.max(broken, axis=1), axis=0) > 0, float("nan"), top)
     tl.store(best_ptr + row * SPLITS + split, top)
     tl.store(where_ptr + row * SPLITS + split, index)
     tl.debug_barrier()
@@ -85,9 +82,9 @@ def _kernel(
             if (flags & _PENALTIES) != 0:
                 count_ptr = counts_ptr + slot * V + token
                 tl.store(count_ptr, tl.load(count_ptr) + 2)
-        if OF_HELD:
-            token = tl.where(top < _HOPELESS, -2, token)
-        tl.store(out_ptr + row, tl.where(bad, -1, token))
+            if OF_HELD:
+                token = tl.where(top < _HOPELESS, -2, token)
+            tl.store(chosen_ptr + slot * _RING + (position + 1) % _RING, tl.where(bad, -1, token))
         tl.store(arrived_ptr + row, 0)
 
 
@@ -104,23 +101,22 @@ class SampleSpace:
 
 
 def sample(
-    logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, out: torch.Tensor, space: SampleSpace, *, pdl: bool,
-    held: HeldRows | None = None,
-) -> None:  # fmt: skip
-    """out int64 [M] = the tokens of logits float32 [M, vocab], -1 where they were not finite; the slots' last_token and
-    position advance, but not the dump slot's. space.limit [M] is restrict's. Nothing is done for slots with HELD.
+    logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, space: SampleSpace, *, pdl: bool, held: HeldRows | None = None
+) -> None:
+    """Choose the tokens of slots `rows` int64 [M] by logits float32 [M, vocab]: state.chosen, last_token and position advance,
+    but not the dump slot's. space.limit [M] is restrict's. Nothing is done for slots with HELD.
 
-    held: these rows' slots have HELD, and theirs are other rows of the logits; -2 where their masks allow nothing."""
+    held: these rows' slots have HELD, and theirs are other rows of the logits."""
     count, vocab = len(rows), logits.shape[1]
     share = cdiv(cdiv(vocab, 4), _SPLITS)
     _kernel[(_SPLITS, count)](
         logits, space.best, space.where, space.arrived, rows, state.last_token, state.position, state.temperature,
-        state.seed, out, space.limit, state.rules, state.counts, rows if held is None else held.places, state.dump, V=vocab,
-        SPLITS=_SPLITS, SHARE=share, BLOCK=256, OF_HELD=held is not None, PDL=pdl, num_warps=4,
+        state.seed, state.chosen, space.limit, state.rules, state.counts, rows if held is None else held.places, state.dump,
+        V=vocab, SPLITS=_SPLITS, SHARE=share, BLOCK=256, OF_HELD=held is not None, PDL=pdl, num_warps=4,
         **launch_options(pdl))  # fmt: skip
 
 
-def sample_torch(logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, out: torch.Tensor, space: SampleSpace,
+def sample_torch(logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, space: SampleSpace,
                  held: HeldRows | None = None) -> None:  # fmt: skip
     """Reference."""
     if held is not None:
@@ -134,10 +130,12 @@ def sample_torch(logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, o
     done = ((state.rules[rows, 0] & HELD) > 0) == (held is not None)
     tokens = chosen.argmax(-1)
     told = torch.where(finite, tokens if held is None else tokens.where(chosen.amax(-1) >= HOPELESS, -2), -1)
-    out[done], rows = told[done], rows[done]
-    state.last_token[rows] = torch.where(rows != state.dump, told[done].clamp(min=0), 0)
-    state.position[rows] += (rows != state.dump).int()
-    counted = rows[((state.rules[rows, 0] & PENALTIES) > 0) & (rows != state.dump)]
+    done &= rows != state.dump
+    told, rows = told[done], rows[done]
+    state.last_token[rows] = told.clamp(min=0)
+    state.position[rows] += 1
+    state.chosen[rows.cpu(), (state.position[rows] % RING).cpu()] = told.cpu()
+    counted = rows[(state.rules[rows, 0] & PENALTIES) > 0]
     state.counts[counted, state.last_token[counted]] += 2
 
 

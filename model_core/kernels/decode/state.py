@@ -19,6 +19,7 @@ STOP_IDS = 16
 BIAS_IDS = STOP_IDS + MAX_STOPS
 BIAS_VALUES = BIAS_IDS + MAX_LOGIT_BIAS  # floats
 RULES = BIAS_VALUES + MAX_LOGIT_BIAS  # words of a row
+RING = 8  # more than the steps in flight, and so than a slot's tokens that the host has not read
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,13 @@ class HeldRows:
 class DecodeState:
     """Per-slot state. Slot `max_seqs` is the dump slot of padding rows: token 0 at position 0 of page 0, for ever.
 
-    Sampling follows philox.py: the noise of a token depends on (seed, position) alone. `counts` is 2 * (times generated) +
-    (1 if in the prompt), kept up to date for slots with penalties.
+    `chosen` is how tokens reach the host: the one of position p is in column p % RING of its slot, -1 if the logits were not
+    finite, -2 if a mask allowed nothing. Kernels write it to pinned host memory, where a copy behind the graph took 10 us a
+    step. Sampling follows philox.py: the noise of a token depends on (seed, position) alone. `counts` is 2 * (times generated)
+    + (1 if in the prompt), kept up to date for slots with penalties.
     """
 
+    chosen: torch.Tensor  # int64 [max_seqs + 1, RING], on the host
     last_token: torch.Tensor  # int64 [max_seqs + 1]: sampled, not yet computed
     position: torch.Tensor  # int32 [max_seqs + 1]: of that token, = tokens in the cache before it
     block_tables: torch.Tensor  # int32 [max_seqs + 1, max_pages]
@@ -55,6 +59,7 @@ class DecodeState:
               counts: torch.Tensor | None = None) -> DecodeState:  # fmt: skip
         slots = max_seqs + 1
         return cls(
+            chosen=torch.zeros((slots, RING), dtype=torch.int64, pin_memory=torch.device(device).type == "cuda"),
             last_token=torch.zeros(slots, dtype=torch.int64, device=device),
             position=torch.zeros(slots, dtype=torch.int32, device=device),
             block_tables=torch.zeros((slots, max_pages), dtype=torch.int32, device=device),
