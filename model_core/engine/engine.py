@@ -99,6 +99,7 @@ class Engine:
         (values out of range, too long), EngineDead if nobody would answer. Compiles its grammar unless `prepare` did."""
         if not self.alive:
             raise EngineDead(f"the engine is not running: {self.failure or self.stage}")
+        request = self._seeded(request)
         grammar = self.prepare(request)
         if self.parts.scheduler.get(request.request_id) is not None:
             raise RequestError(f"request_id {request.request_id!r} is in use by a live request: ids must be unique",
@@ -107,6 +108,12 @@ class Engine:
             if self._closed:
                 raise EngineDead(f"the engine is not running: {self.failure or self.stage}")
             self._inbox.put((request, grammar))
+
+    def _seeded(self, request: Request) -> Request:
+        """With a seed of its own, so that it goes on with the same noise after a preemption."""
+        if request.params.seed is not None:
+            return request
+        return replace(request, params=replace(request.params, seed=self._seeds.getrandbits(63)))
 
     def prepare(self, request: Request) -> Compiled | None:
         """Check a request and compile its grammar, if it has one: blocks for as long as that takes. Raises RequestError."""
@@ -204,8 +211,6 @@ class Engine:
             self._events.append(TokenEvent(request_id, [], "abort"))
 
     def _add(self, request: Request, grammar: Compiled | None) -> None:
-        if request.params.seed is None:  # fixed now, so that a preempted sequence goes on with the same noise
-            request = replace(request, params=replace(request.params, seed=self._seeds.getrandbits(63)))
         try:
             self.parts.scheduler.add(request, grammar)
         except RequestError as error:  # only a duplicate id comes as far as this

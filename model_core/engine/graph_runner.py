@@ -20,6 +20,7 @@ from model_core.dispatch.measured import CHOICES, Measured, explain_row
 from model_core.dispatch.ops import Ops
 from model_core.dispatch.store import Mode, digest, facts, measured_choices
 from model_core.dispatch.tiles import NEAR, StepTiles, default_tiles
+from model_core.engine.chunks import Chunks
 from model_core.engine.clock import MOST_AHEAD, Clock
 from model_core.engine.graphs import PREFILL_SEQS, DecodeGraphs, GraphPool, PrefillGraphs, fitting, row_buckets, token_buckets
 from model_core.engine.late import LateRow, LateRows
@@ -27,13 +28,12 @@ from model_core.engine.memory import available_host_memory
 from model_core.engine.packed import Packed
 from model_core.engine.plan import Limits, Scheduled, Scored, StepPlan
 from model_core.engine.runner import Chosen, InFlight
-from model_core.engine.sampler import Sampler, divisor
+from model_core.engine.sampler import Sampler
 from model_core.engine.scores import Scorer, sent
 from model_core.engine.sequence import Sequence
 from model_core.engine.startup import Timed, untimed
 from model_core.engine.tables import BlockTables
 from model_core.kernels.decode.state import RING, DecodeState
-from model_core.model.batch import blocks_of
 from model_core.model.decode import DecodeChain, why_unsupported
 from model_core.model.kv import KVCache
 from model_core.model.llama import Llama
@@ -149,55 +149,21 @@ class GraphRunner:
 
     def _prefill(self, flight: InFlight, entries: list[Scheduled], places: np.ndarray, scored: list[Scored]) -> None:
         """scored: of these entries, by their numbers here. A graph gives no hidden states, so then the ops are launched."""
-        size, dump = self.page_size, self.state.dump
-        counts = np.array([entry.count for entry in entries], dtype=np.int32)
-        starts = np.array([entry.start for entry in entries], dtype=np.int32)
-        slots = np.array([entry.seq.slot for entry in entries], dtype=np.int32)
-        ends = counts.cumsum()
-        total, seqs = int(ends[-1]), len(entries)
-        bucket = self.prefills.get(fitting(self.prefills.buckets, total))
-        h = bucket.packed.turn()
-        h["positions"][:total] = np.arange(total, dtype=np.int32) - np.repeat(ends - counts - starts, counts)
-        at = 0
-        for (seq, start, count, _), slot in zip(entries, slots.tolist(), strict=True):
-            known = seq.tokens[start : start + count]
-            h["token_ids"][at : at + len(known)] = known
-            if len(known) < count:  # sampled by a step in flight: only the device knows it
-                h["token_ids"][at + len(known)] = -1 - slot
-            pages = np.array(seq.block_table[start // size : -(-(start + count) // size)], dtype=np.int64)
-            offsets = np.arange(start, start + count) - start // size * size
-            h["slot_mapping"][at : at + count] = pages[offsets // size] * size + offsets % size
-            at += count
-        for name in ("token_ids", "positions", "slot_mapping"):
-            h[name][total:] = 0  # padding writes to the dump page
-        h["query_start"][: seqs + 1] = [0, *ends]
-        h["query_start"][seqs + 1 :] = total
-        h["context_len"][:seqs] = starts + counts
-        h["context_len"][seqs:] = 1
-        h["slots"][:seqs] = slots
-        h["slots"][seqs:] = dump
-        h["sample_slots"][:] = dump
-        h["sample_slots"][:seqs] = [slot if entry.samples else dump for entry, slot in zip(entries, slots, strict=True)]
-        h["logit_rows"][:seqs] = ends - 1
-        h["logit_rows"][seqs:] = 0
-        h["temperature"][:seqs] = [divisor(entry.seq.request.params.temperature) for entry in entries]
-        h["temperature"][seqs:] = 0.0
-        h["seed"][:seqs] = [entry.seq.request.params.seed for entry in entries]
-        blocks = np.array(blocks_of(counts.tolist(), self.prefills.block), dtype=np.int32).ravel()
-        h["blocks"][: len(blocks)] = blocks
-        h["blocks"][len(blocks) :] = -1
+        work = Chunks.of(entries)
+        bucket = self.prefills.get(fitting(self.prefills.buckets, int(work.ends[-1])))
+        work.fill(bucket.packed.turn(), self.page_size, self.prefills.block, self.state.dump)
         bucket.packed.send()
         assert bucket.graph is not None
         flight.span.begin()
         if scored:
-            begins = ends - counts
-            rows = np.concatenate([one.rows(int(starts[one.chunk]), int(begins[one.chunk])) for one in scored])
+            begins = work.ends - work.counts
+            rows = np.concatenate([one.rows(int(work.starts[one.chunk]), int(begins[one.chunk])) for one in scored])
             hidden = self.prefills.compute_with_hidden(bucket, sent(torch.from_numpy(rows), self.device))
             flight.scores.append(self.scorer.score(hidden, scored))
         else:
             bucket.graph.replay()
         late = [LateRow(row, entry) for row, entry in enumerate(entries) if entry.samples and entry.seq.slot in self.late.slots]
-        flight.parts.append(Chosen(places, slots, starts + counts, self._chosen))
+        flight.parts.append(Chosen(places, work.slots, work.starts + work.counts, self._chosen))
         if late:
             self.late.sample(flight, places, late, bucket.logits)
 

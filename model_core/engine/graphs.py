@@ -16,6 +16,7 @@ import torch
 
 from model_core.dispatch.ops import Ops
 from model_core.dispatch.tiles import NEAR, StepTiles
+from model_core.engine.chunks import fields_of
 from model_core.engine.packed import Packed
 from model_core.kernels.decode.partition import DRIVERS_CHOICE, prefer_shared
 from model_core.kernels.decode.restrict import restrict
@@ -143,8 +144,7 @@ class PrefillGraph:
 class PrefillGraphs:
     """Chunks of prompts, as one variable-length batch per graph.
 
-    Token ids below 0 stand for a token that is only on the device: -1 - slot. Sequences that sample name their slot in
-    `sample_slots`, the others the dump slot. A graph has room for `seqs` sequences if it is wide (`narrow` is then
+    Inputs are those of chunks.py. A graph has room for `seqs` sequences if it is wide (`narrow` is then
     PREFILL_SEQS) or decodes are computed by no other (narrow = seqs).
     """
 
@@ -172,14 +172,7 @@ class PrefillGraphs:
     def get(self, tokens: int, *, capture: bool = True) -> PrefillGraph:
         if tokens not in self._graphs:
             seqs = min(self.seqs_of(tokens), tokens)
-            blocks = tokens // self.block + seqs
-            fields = [
-                ("token_ids", tokens, "int32"), ("positions", tokens, "int32"), ("slot_mapping", tokens, "int64"),
-                ("query_start", seqs + 1, "int32"), ("context_len", seqs, "int32"), ("slots", seqs, "int32"),
-                ("sample_slots", seqs, "int64"), ("logit_rows", seqs, "int32"), ("temperature", seqs, "float32"),
-                ("seed", seqs, "int64"), ("blocks", 2 * blocks, "int32"),
-            ]  # fmt: skip
-            packed = Packed(fields, self.device)
+            packed = Packed(fields_of(tokens, seqs, tokens // self.block + seqs), self.device)
             packed.device["slots"].fill_(self.state.dump)
             packed.device["sample_slots"].fill_(self.state.dump)
             packed.device["blocks"].fill_(-1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -121,7 +120,7 @@ def check_request(request: Request, limits: Limits, pool: PagePool) -> None:
         raise _too_long(f"{asked} needs {needed} KV pages of {pool.page_size} tokens, the pool has {pool.capacity} "
                         f"(kv_cache_bytes sets its size)", prompt, room + 1)
     try:
-        array("I", request.prompt_ids)
+        len(request.ids)
     except (OverflowError, TypeError) as error:
         raise RequestError(f"the prompt must be token ids from 0 to 2**32 - 1: {error}", param="prompt",
                            code="invalid_value") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 from model_core.grammar.spec import GrammarSpec
@@ -55,6 +56,11 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0
     cache_salt: str = ""
+
+    @cached_property
+    def ids(self) -> array[int]:
+        """The prompt as 32-bit numbers. Raises OverflowError or TypeError if it is none."""
+        return array("I", self.prompt_ids)
 
 
 class TokenLogprobs(NamedTuple):

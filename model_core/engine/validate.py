@@ -48,7 +48,6 @@ def validate(request: Request, vocab_size: int) -> None:
                                param=field, code="invalid_value")
 
 
-
 def _between(name: str, value: float, low: float, high: float) -> None:
     if not (math.isfinite(value) and low <= value <= high):
         raise RequestError(f"{name} must be from {low} to {high}, got {value}", param=name, code="invalid_value")
