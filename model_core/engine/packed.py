@@ -11,6 +11,7 @@ import torch
 from model_core.engine.clock import MOST_AHEAD
 
 _TORCH = {np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32, np.dtype(np.float32): torch.float32}
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
 class Copier:
@@ -30,7 +31,10 @@ class Copier:
             into, source = to.view(-1).view(torch.uint8), host.view(-1).view(torch.uint8)
             into[to_byte : to_byte + size] = source[byte : byte + size]
             return
-        status = self._start(to.data_ptr() + to_byte, host.data_ptr() + byte, size, self._handle)
+        copy = to.data_ptr() + to_byte, host.data_ptr() + byte, size, self._handle
+        if (status := self._start(*copy)) == _NO_CONTEXT:  # the first call of this thread
+            torch.cuda.set_device(self.stream.device)
+            status = self._start(*copy)
         if status:
             raise RuntimeError(f"cuMemcpyHtoDAsync of {size} bytes failed: CUDA error {status}")
 

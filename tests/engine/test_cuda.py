@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
@@ -41,7 +42,9 @@ def run(folder, requests, **config):
     for request in requests:
         engine.submit(request)
     assert done.wait(120), f"{len(finishes)} of {len(requests)} ended; {engine.stage} {engine.failure}"
-    stats = engine.stats()
+    deadline = time.monotonic() + 5  # a step beyond the end may be in flight
+    while (stats := engine.stats()).pages_free + stats.pages_cached < stats.pages_total and time.monotonic() < deadline:
+        time.sleep(0.001)
     engine.shutdown()
     assert stats.pages_free + stats.pages_cached == stats.pages_total
     return tokens, finishes, stats

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
@@ -85,7 +86,9 @@ def run(folder, requests, *, tiles=None, abort=None, preempt=None, warm_up=True,
     for request in requests if steps is None else []:
         engine.submit(request)
     assert done.wait(170), f"{engine.stage} {engine.failure}"
-    stats = engine.stats()
+    deadline = time.monotonic() + 5  # a step beyond the end may be in flight
+    while (stats := engine.stats()).pages_free + stats.pages_cached < stats.pages_total and time.monotonic() < deadline:
+        time.sleep(0.001)
     engine.shutdown()
     assert stats.pages_free + stats.pages_cached == stats.pages_total
     return tokens, finishes, logprobs, stats
