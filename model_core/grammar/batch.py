@@ -1,4 +1,4 @@
-"""The masks of a step's rows by two calls into native code, not two per row.
+"""The masks of a step's rows by few calls into native code, not two per row; of slow grammars by several threads.
 
 Such a call lets other threads have the interpreter, and has to wait until they give it back: one call instead of 32 is not only
 faster by itself (75 us instead of 98 for masks of 32 rows, on a 2-core EPYC) but leaves fewer occasions for that.
@@ -6,8 +6,11 @@ faster by itself (75 us instead of 98 for masks of 32 rows, on a 2-core EPYC) bu
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
+from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 
@@ -15,17 +18,61 @@ from model_core.dispatch.compile import cores
 from model_core.grammar.matcher import PATIENCE_S_A_TOKEN, Matcher
 from model_core.grammar.native import native
 
-_MOST_THREADS = 8
-_WORTH_THREADS_S = 400e-6  # of a fill: they are made and joined in each one, which takes 50 us and more
-_FILLS = 16  # that threads do after one that took so long; then it is seen again whether they need to
+_MOST_HELPERS = 3
+_SHARE_S = 150e-6  # of native work, for which another thread is asked
+
+
+class Filler:
+    """Masks of some matchers, in this thread."""
+
+    def __init__(self) -> None:
+        self._batch = native.BatchGrammarMatcher(1)
+
+    def fill(self, matchers: list[Any], masks: np.ndarray) -> float:
+        """Of native matchers; seconds that it took."""
+        began = time.perf_counter()
+        self._batch.batch_fill_next_token_bitmask(matchers, masks, None, False)
+        return time.perf_counter() - began
+
+
+class Helper:
+    """A thread that fills masks. It waits between steps: to make and join one for each, as xgrammar does, takes longer than
+    most fills. Ends when nobody refers to it."""
+
+    def __init__(self) -> None:
+        self._jobs, self._done = SimpleQueue[Any](), SimpleQueue[Any]()
+        threading.Thread(target=_help, args=(self._jobs, self._done), name="masks", daemon=True).start()
+
+    def __del__(self) -> None:
+        self._jobs.put(None)
+
+    def begin(self, matchers: list[Any], masks: np.ndarray) -> None:
+        self._jobs.put((matchers, masks))
+
+    def end(self) -> float:
+        """Seconds that it took. Raises what the native code raised."""
+        found = self._done.get()
+        if isinstance(found, Exception):
+            raise found
+        return float(found)
+
+
+def _help(jobs: SimpleQueue[Any], done: SimpleQueue[Any]) -> None:
+    filler = Filler()
+    while (job := jobs.get()) is not None:
+        try:
+            done.put(filler.fill(*job))
+        except Exception as error:
+            done.put(error)
 
 
 class MaskFiller:
-    """Of one thread. Where a fill takes long, native threads share the next ones."""
+    """Of one thread. Where fills take long, others share them."""
 
     def __init__(self) -> None:
-        self._alone, self._together = (native.BatchGrammarMatcher(threads) for threads in (1, min(_MOST_THREADS, cores())))
-        self._shared = 0  # so many fills are still to be done by threads
+        self._own = Filler()
+        self._helpers: list[Helper] = []
+        self._took = 0.0  # of the last fill, seconds of all threads
         self._one_by_one = False
 
     def fill(self, matchers: list[Matcher], outputs: Sequence[tuple[Sequence[int], int]], masks: np.ndarray) -> None:
@@ -40,16 +87,29 @@ class MaskFiller:
         else:
             for matcher, output in zip(matchers, outputs, strict=True):
                 matcher.follow(*output)
-        began = time.perf_counter()
         if self._one_by_one or any(matcher.failure is not None for matcher in matchers):
+            began = time.perf_counter()
             for row, matcher in enumerate(matchers):
                 matcher.fill(masks, row)
-            took = time.perf_counter() - began
+            self._took = longest = time.perf_counter() - began
         else:
-            batch = self._together if self._shared else self._alone
-            batch.batch_fill_next_token_bitmask([matcher.native for matcher in matchers], masks, None, False)
-            took = time.perf_counter() - began
-            for row, matcher in enumerate(matchers):
-                matcher.finish(masks, row, took / len(matchers))
-        self._shared = self._shared - 1 if self._shared else _FILLS * (took > _WORTH_THREADS_S)
-        self._one_by_one = took > PATIENCE_S_A_TOKEN  # to see whose grammar it is: fill ends one that goes on like this
+            longest = self._share(matchers, masks)
+        self._one_by_one = longest > PATIENCE_S_A_TOKEN  # to see whose grammar it is: fill ends one that goes on like this
+
+    def _share(self, matchers: list[Matcher], masks: np.ndarray) -> float:
+        """Seconds of the slowest thread."""
+        shares = 1 + min(_MOST_HELPERS, cores() - 1, len(matchers) - 1, int(self._took / _SHARE_S))
+        while len(self._helpers) < shares - 1:
+            self._helpers.append(Helper())
+        edges = [len(matchers) * share // shares for share in range(shares + 1)]
+        work = [([matcher.native for matcher in matchers[begin:end]], masks[begin:end])
+                for begin, end in zip(edges, edges[1:], strict=False)]  # fmt: skip
+        asked = list(zip(self._helpers, work[1:], strict=False))
+        for helper, job in asked:
+            helper.begin(*job)
+        times = [self._own.fill(*work[0]), *(helper.end() for helper, _ in asked)]
+        for begin, end, took in zip(edges, edges[1:], times, strict=False):
+            for row in range(begin, end):
+                matchers[row].finish(masks, row, took / (end - begin))
+        self._took = sum(times)
+        return max(times)

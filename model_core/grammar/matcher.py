@@ -41,8 +41,8 @@ class Vocabulary:
 class Compiled:
     """A grammar for a vocabulary. Shared: nothing in it changes."""
 
-    def __init__(self, grammar: Any) -> None:
-        self.grammar = grammar
+    def __init__(self, grammar: Any, vocabulary: Vocabulary) -> None:
+        self.grammar, self.vocabulary = grammar, vocabulary
         self.nbytes: int = grammar.memory_size_bytes()
 
     @classmethod
@@ -50,7 +50,7 @@ class Compiled:
         """Compiles here and now, however long it takes (see compiler.py). Raises RequestError for what is no grammar."""
         compiler = native.GrammarCompiler(vocabulary.info, threads, False, -1)  # without a cache of its own
         try:
-            return cls(compiler.compile_grammar_from_strings(spec.text, "root"))
+            return cls(compiler.compile_grammar_from_strings(spec.text, "root"), vocabulary)
         except Exception as error:  # the binding raises RuntimeError and others, with the place in the text
             reason = str(error).strip().split("] ", 1)[-1].split(": ", 1)[-1]
             raise RequestError(f"Invalid '{spec.param}': {reason}", param=spec.param, code=INVALID) from None
@@ -65,7 +65,7 @@ class Compiled:
     @classmethod
     def unpacked(cls, text: str, vocabulary: Vocabulary) -> Compiled:
         """What `packed` gave in a process with the same vocabulary."""
-        return cls(native.CompiledGrammar.deserialize_json(text, vocabulary.info))
+        return cls(native.CompiledGrammar.deserialize_json(text, vocabulary.info), vocabulary)
 
 
 class Matcher:
@@ -76,8 +76,9 @@ class Matcher:
     """
 
     def __init__(self, compiled: Compiled, stop_ids: frozenset[int]) -> None:
-        self._stops = sorted(stop_ids)
-        self.native = native.GrammarMatcher(compiled.grammar, self._stops, False, -1, None)
+        self.native = native.GrammarMatcher(compiled.grammar, sorted(stop_ids), False, -1, None)
+        words = compiled.vocabulary.tokens
+        self._words = [stop for stop in stop_ids if stop < len(words) and words[stop]]  # that may be part of the text, too
         self._read = self._fills = 0
         self._spent = 0.0
         self.failure: str | None = None
@@ -114,8 +115,8 @@ class Matcher:
         self._fills += 1
         if self._spent > PATIENCE_S + self._fills * PATIENCE_S_A_TOKEN:  # the walks of worker.py did not come here
             self.failure = f"its grammar takes too long to follow: {1e3 * self._spent / self._fills:.0f} ms a token"
-        if not self.native.is_completed():  # an ordinary token that the client wants to stop at may be part of the text
-            for stop in self._stops:
+        if self._words and not self.native.is_completed():
+            for stop in self._words:
                 masks[row, stop >> 5] &= _ALL_BUT[stop & 31]
 
 

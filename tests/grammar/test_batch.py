@@ -40,7 +40,7 @@ class Walk:
 @pytest.mark.parametrize("way", ["alone", "threads", "one by one"])
 def test_they_are_those_of_each_alone(way, monkeypatch) -> None:
     """Also of a row that has not begun, of one that has more than a token to read, and of one whose token was not allowed."""
-    monkeypatch.setattr(batch, "_WORTH_THREADS_S", -1.0 if way == "threads" else 1e9)
+    monkeypatch.setattr(batch, "_SHARE_S", 1e-9 if way == "threads" else 1e9)
     monkeypatch.setattr(batch, "PATIENCE_S_A_TOKEN", -1.0 if way == "one by one" else 1e9)
     filler, walks = MaskFiller(), [Walk(number) for number in range(9)]
     masks = np.full((12, VOCABULARY.words), 77, dtype=np.int32)
