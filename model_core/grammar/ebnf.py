@@ -2,6 +2,8 @@
 
 A set of characters is a sorted list of ranges of code points that do not touch. Only ranges that are there are ever written,
 never "all but": the matcher lets "all but" through as bytes that are no UTF-8.
+
+The last four code points, MARKS, stand for control tokens, which have no text: they are in no set and no text of a client's.
 """
 
 from __future__ import annotations
@@ -9,20 +11,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 Ranges = list[tuple[int, int]]
-ANY: Ranges = [(0, 0xD7FF), (0xE000, 0x10FFFF)]  # every character that UTF-8 can say
+MARKS = "\U0010fffc\U0010fffd\U0010fffe\U0010ffff"  # for private use or no characters at all
+ANY: Ranges = [(0, 0xD7FF), (0xE000, ord(MARKS[0]) - 1)]  # every other character that UTF-8 can say
 NOTHING = '""'
+GROUP = 128  # beyond it xgrammar 0.2.8 counts single characters in a way that lets wrong tokens into its masks
+MAX_REPEAT = 10_000  # in groups; up to GROUP of them would be right
 
 
 class Rules:
-    """The rules of a grammar in the making. Equal bodies share a rule."""
+    """The rules of a grammar in the making. Equal bodies share a rule. letter: their names begin with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, letter: str = "r") -> None:
+        self._letter = letter
         self._bodies: dict[str, str] = {}
         self._names: dict[str, str] = {}
 
     def name(self) -> str:
         """A new name, for `define`."""
-        name = f"r{len(self._bodies)}"
+        name = f"{self._letter}{len(self._bodies)}"
         self._bodies[name] = NOTHING
         return name
 
@@ -42,8 +48,15 @@ class Rules:
 
 
 def literal(text: str) -> str:
-    """A text as it is. Raises ValueError for half a surrogate pair."""
+    """A text as it is. Raises ValueError for half a surrogate pair, or a code point that is a mark."""
     text.encode()
+    if not set(MARKS).isdisjoint(text):
+        raise ValueError("a mark")
+    return marked_literal(text)
+
+
+def marked_literal(text: str) -> str:
+    """The same of our own text, in which marks stand for control tokens."""
     return '"' + "".join(map(_quoted, text)) + '"'
 
 
@@ -59,7 +72,29 @@ def either(bodies: Iterable[str]) -> str:
 
 
 def repeated(body: str, low: int, high: int | None) -> str:
-    """body: a name, a text, a set or something in brackets."""
+    """low to high times, at most MAX_REPEAT. body: a name, a text, a set or something in brackets."""
+    if low <= GROUP and (high or 0) <= GROUP:
+        return _few(body, low, high)
+    group = f"({_few(body, GROUP, GROUP)})"
+    groups, rest = divmod(low, GROUP)
+    parts = [_few(group, groups, groups), _few(body, rest, rest)]
+    if high is None:
+        parts.append(_few(body, 0, None))
+    elif high - low <= GROUP:
+        parts.append(_few(body, 0, high - low))
+    else:  # in one way only: some groups of all that there may be and less than a group more, or all of them and the rest
+        groups, rest = divmod(high - low, GROUP)
+        some = joined(_few(group, 0, groups - 1), _few(body, 0, GROUP - 1))
+        parts.append(f"({some} | {joined(_few(group, groups, groups), _few(body, 0, rest))})")
+    return f"({joined(*parts)})"
+
+
+def joined(*bodies: str) -> str:
+    """One behind the other."""
+    return " ".join(body for body in bodies if body != NOTHING) or NOTHING
+
+
+def _few(body: str, low: int, high: int | None) -> str:
     if (low, high) == (1, 1):
         return body
     if high == 0:

@@ -10,9 +10,8 @@ import re
 from typing import NoReturn
 
 from model_core.errors import RequestError
-from model_core.grammar.ebnf import ANY, NOTHING, Ranges, common, either, one_of, repeated, union, without
+from model_core.grammar.ebnf import ANY, MAX_REPEAT, NOTHING, Ranges, common, either, joined, one_of, repeated, union, without
 
-MAX_REPEAT = 128  # of a {n,m}: beyond it xgrammar 0.2.8 counts in a way that lets wrong tokens into its masks
 MAX_DEPTH = 30  # brackets in brackets
 INVALID = "invalid_grammar"
 
@@ -97,7 +96,7 @@ class _Parser:
                 self._at += 1
                 break
             parts.append(self._counted(self._piece()))
-        return " ".join(part for part in parts if part != NOTHING) or NOTHING
+        return joined(*parts)
 
     def _piece(self) -> str:
         c = self._next()
@@ -160,8 +159,8 @@ class _Parser:
         return body
 
     def _one(self, code: int) -> Ranges:
-        if 0xD800 <= code <= 0xDFFF:
-            self._refuse("half a surrogate pair")
+        if not common(ANY, [(code, code)]):
+            self._refuse("half a surrogate pair, or one of the last four code points,")
         return [(code, code)]
 
     def _escaped(self, wide: bool) -> Ranges:

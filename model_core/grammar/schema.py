@@ -15,10 +15,10 @@ from typing import Any, NoReturn
 
 from model_core.errors import RequestError
 from model_core.grammar.disjoint import disjoint
-from model_core.grammar.ebnf import NOTHING, Rules, either, literal, one_of, repeated
+from model_core.grammar.ebnf import MAX_REPEAT, NOTHING, Rules, either, literal, one_of, repeated
 from model_core.grammar.formats import FORMATS
 from model_core.grammar.number import DIGITS, INTEGER, NUMBER, Bound, integers, numbers
-from model_core.grammar.pattern import ESCAPED_IN_JSON, MAX_REPEAT, PLAIN_IN_JSON, pattern_grammar
+from model_core.grammar.pattern import ESCAPED_IN_JSON, PLAIN_IN_JSON, pattern_grammar
 
 MAX_NODES = 2000
 MAX_DEPTH = 64
@@ -357,8 +357,8 @@ def _items(first: list[str], item: str, low: int, high: int | None) -> str:
 def _json(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     try:
-        text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair
+        literal(text)
+    except ValueError:
         return json.dumps(value)
     return text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import takewhile
 
 import numpy as np
 
@@ -55,3 +56,17 @@ def accepts(grammar: Compiled, whole: str) -> bool:
 
 def text(output: list[int]) -> bytes:
     return b"".join(VOCABULARY.tokens[i] for i in output)
+
+
+def by_bytes(grammar: Compiled, output: list[int]) -> set[int]:
+    """What `allowed` should say, but for the stop token: tokens whose bytes can follow one by one, which asks no mask."""
+    matcher = Matcher(grammar, frozenset([STOP]))
+    matcher.follow(output)
+    found, inner = set(), matcher._matcher
+    for token, word in enumerate(VOCABULARY.tokens):
+        taken = sum(1 for _ in takewhile(lambda byte: inner.accept_token(byte, False), word))
+        if taken:
+            inner.rollback(taken)
+        if word and taken == len(word):
+            found.add(token)
+    return found

@@ -1,0 +1,69 @@
+"""Repetitions beyond what the library counts right by itself: exactly so many, and no wrong token in any mask."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from model_core.grammar.ebnf import GROUP, MAX_REPEAT, Rules, repeated
+from model_core.grammar.matcher import Matcher
+from model_core.grammar.spec import GrammarSpec, of_regex, of_schema
+from tests.grammar.walks import STOP, accepts, allowed, by_bytes, compiled
+
+BOUNDS = st.tuples(st.integers(0, MAX_REPEAT), st.integers(0, MAX_REPEAT)).map(sorted)
+
+
+@settings(max_examples=25, deadline=None)
+@given(bounds=BOUNDS, others=st.lists(st.integers(0, MAX_REPEAT), max_size=3), is_open=st.booleans())
+@example(bounds=[0, 128], others=[], is_open=False)
+@example(bounds=[101, 201], others=[], is_open=False)
+@example(bounds=[0, 200], others=[100, 199], is_open=False)
+@example(bounds=[MAX_REPEAT, MAX_REPEAT], others=[], is_open=True)
+def test_so_many_and_no_more(bounds, others, is_open):
+    low, high = bounds
+    grammar = compiled(GrammarSpec(Rules().text(f'"<" {repeated("[ab]", low, None if is_open else high)} ">"'), "x"))
+    for count in {low - 1, low, low + 1, low + GROUP, high - 1, high, high + 1, *others} - {-1}:
+        assert accepts(grammar, f"<{'ab' * (count // 2)}{'a' * (count % 2)}>") == (low <= count and (is_open or count <= high))
+
+
+@pytest.mark.parametrize("schema", [
+    {"type": "string", "maxLength": 10_000}, {"type": "string", "minLength": 9_950, "maxLength": 10_000},
+    {"type": "string", "maxLength": 129}, {"type": "string", "minLength": 250, "maxLength": 300},
+    {"type": "string", "pattern": "^.{5,1000}$"}, {"type": "string", "pattern": "^(a[bc]|é€){130,250}x?$"},
+    {"type": "string", "pattern": r"^(ab{2,200}){3}$"}, {"type": "string", "pattern": r"^([a-c]{1,3} ){150,}$"},
+    {"type": "array", "items": {"enum": ["ab", 10]}, "minItems": 120, "maxItems": 250},
+], ids=str)  # fmt: skip
+def test_the_masks_are_right_at_every_border(schema):
+    """Walks of one seed each, compared where groups end and everywhere in between now and then."""
+    grammar = compiled(of_schema(schema, "x"))
+    chance, matcher, output, compared = random.Random(1), Matcher(grammar, frozenset([STOP])), list[int](), 0
+    for step in range(10_050 if schema.get("maxLength") else 500):
+        ids = allowed(matcher)
+        if step % GROUP in (0, GROUP - 2, GROUP - 1, 1) and (step < 500 or step > 9_890):
+            assert set(ids) - {STOP} == by_bytes(grammar, output)
+            compared += 1
+        going_on = [i for i in ids if i < 128 and i != ord('"') and chr(i) != "]"] or [i for i in ids if i != STOP]
+        if not going_on:
+            break
+        output.append(chance.choice(going_on))
+        matcher.follow(output)
+        assert matcher.failure is None
+    assert compared >= 4
+
+
+@pytest.mark.parametrize("schema", [{"type": "string", "maxLength": MAX_REPEAT + 1}, {"type": "string", "pattern": "a{10001}"}])
+def test_the_limit(schema):
+    with pytest.raises(Exception, match="10000"):
+        of_schema(schema, "x")
+
+
+def test_they_compile_at_once():
+    began = time.monotonic()
+    many = {f"p{i}": {"type": "string", "minLength": i, "maxLength": MAX_REPEAT - i} for i in range(50)}
+    compiled(of_schema({"type": "object", "properties": many, "required": list(many)}, "x"))
+    compiled(of_regex(r"(\d{100,1000}-){10,1000}", "x"))
+    assert time.monotonic() - began < 10
