@@ -10,7 +10,7 @@ from deployments.api.service import Service
 from deployments.protocol.errors import bad_request, unsupported
 from deployments.protocol.requests import ChatRequest
 from deployments.protocol.tools import Toolbox, toolbox
-from deployments.tools.grammar import ARRAY, Form, check
+from deployments.tools.grammar import check
 from model_core.grammar.spec import MAX_TEXT, GrammarSpec
 from model_core.tokenizer.detokenizer import Detokenizer
 
@@ -19,18 +19,20 @@ MAX_CALLS = 32  # in one answer: small models that must call begin the same call
 
 @dataclass(frozen=True)
 class CallPlan:
-    """form: of the calls that the grammar makes, if there is one."""
+    """grammar: of whole answers, with their calls. either: an answer has calls, or the form that the request asks for."""
 
     tools: Toolbox
     grammar: GrammarSpec | None = None
-    form: Form | None = None
+    either: bool = False
 
     def reader(
         self, service: Service, request: ChatRequest, detokenizer: Callable[[frozenset[int]], Detokenizer]
     ) -> CallReader:
         """For one choice. detokenizer: makes one without stop strings that keeps these special tokens."""
         hidden = service.call_tags if request.skip_special_tokens else {}
-        parser = service.calls.parser(self.tools.names, frozenset(hidden.values()), form=self.form)
+        parser = service.calls.parser(
+            self.tools.names, frozenset(hidden.values()), guided=self.grammar is not None, either=self.either
+        )
         return CallReader(
             detokenizer(frozenset(service.call_tags)), parser, stop=request.stop, most=MAX_CALLS if self.tools.parallel else 1,
             include_stop=request.include_stop_str_in_output, min_tokens=request.min_tokens,
@@ -42,13 +44,12 @@ async def plan_calls(service: Service, request: ChatRequest) -> CallPlan | None:
     tools = toolbox(request.tools, request.tool_choice, request.parallel_tool_calls)
     if tools is None:
         return None
-    is_strict = any(function.strict for function in tools.functions)
-    if not tools.must_call and not is_strict:
+    answer = None if tools.must_call else request.grammar
+    if not tools.must_call and answer is None and not any(function.strict for function in tools.functions):
         return CallPlan(tools)
-    form = service.calls.own_form(frozenset(service.call_tags.values()))
-    if form is None and not tools.must_call:
-        words = "Calls in this model's form cannot be strict beside text: leave 'strict' out, or require a call by tool_choice."
-        raise unsupported("tools", words)
+    if answer is not None and request.structured_outputs is not None and request.structured_outputs.grammar_ is not None:
+        words = "An answer cannot have a grammar of the client's own, or tools to call: nobody could tell calls from the rest."
+        raise unsupported(answer.param, f"{words} Use json, regex or choice, or a tool_choice of 'none' or 'required'.")
 
     size = sum(len(str(function.parameters)) for function in tools.functions)
     if size > MAX_TEXT:
@@ -58,7 +59,9 @@ async def plan_calls(service: Service, request: ChatRequest) -> CallPlan | None:
         for i, tool in enumerate(request.tools):
             if tool.function.name in tools.names:
                 check(tool.function, f"tools[{i}]")
-        write = (form or ARRAY).forced if tools.must_call else (form or ARRAY).free
-        return write(tools.functions, several=tools.parallel)
+        form, functions, control = service.calls.form, tools.functions, service.control
+        if answer is not None:
+            return form.beside(answer, functions, several=tools.parallel, control=control)
+        return (form.forced if tools.must_call else form.free)(functions, several=tools.parallel, control=control)
 
-    return CallPlan(tools, await service.text_work(size, make), form or ARRAY)
+    return CallPlan(tools, await service.text_work(size, make), answer is not None)

@@ -12,7 +12,7 @@ from deployments.api.choice import Choice, LateStop, TextStream
 from deployments.api.prompts import check_ids, encode_messages, encode_prompt, encode_prompt_as_chat
 from deployments.api.record import Record
 from deployments.api.service import Service
-from deployments.protocol.errors import ApiError, bad_request, context_too_long, unsupported
+from deployments.protocol.errors import ApiError, bad_request, context_too_long
 from deployments.protocol.messages import for_template
 from deployments.protocol.prompt_logprobs import echo_json, prompt_json
 from deployments.protocol.requests import ChatRequest, CompletionRequest, GenerationRequest
@@ -81,9 +81,6 @@ async def chat_job(service: Service, request: ChatRequest, record: Record) -> Jo
     info = await service.check_model(request.model)
     try:
         plan = await plan_calls(service, request)
-        if plan is not None and request.grammar is not None:
-            words = "An answer that must have a form cannot call tools: send either of them."
-            raise unsupported(request.grammar.param, words)
         if request.messages is None:
             assert request.prompt is not None
             ids = await encode_prompt_as_chat(service, info, request.prompt, request, plan)

@@ -19,6 +19,7 @@ from deployments.protocol.limits import Limits
 from deployments.tools.family import ToolParser, choose
 from deployments.transport.base import NotReady, Transport
 from model_core.engine.request import EngineInfo, EngineStats
+from model_core.grammar.calls import Control
 from model_core.tokenizer.tokenizer import Tokenizer
 
 INLINE_CHARS = 2000  # longer texts are tokenised in a thread; 2000 characters take 0.8 to 1.7 ms (SmolLM2, EPYC)
@@ -39,6 +40,7 @@ class Service:
         # tags of calls that are control tokens: they must be seen in the text, although the others are not
         texts = {i: tokenizer.token_text(i) for i in tokenizer.special_ids}
         self.call_tags = {i: text for i, text in texts.items() if text in self.calls.tags}
+        self.control = tuple(Control(i, text) for i, text in self.call_tags.items())
         self.limits = limits
         self.version = version
         self.created = int(time.time())

@@ -87,8 +87,9 @@ FIELDS: tuple[Field, ...] = (
     *_served("metadata", RESPONSES, "comes back in the answer"),
     *_served("reasoning", RESPONSES, "its effort is given to the model's chat template, which may use it"),
     *_served("store", RESPONSES, "only false: answers are not stored"),
-    *_served("response_format", note="text, json_object or json_schema, strict or not: every keyword is held, or refused"),
-    *_served("structured_outputs", ALL, "vLLM's: one of json, json_object, regex, choice and grammar"),
+    *_served("response_format", note="text, json_object or json_schema, strict or not: every keyword is held, or refused; "
+             "beside tools it holds for answers without calls"),
+    *_served("structured_outputs", ALL, "vLLM's: one of json, json_object, regex, choice and grammar (not beside tools)"),
     *_served("text", RESPONSES, "its format, as response_format in chat"),
     *_served("system", MESSAGES, "a string, or text blocks"),
     *_served("stop_sequences", MESSAGES),

@@ -32,6 +32,9 @@ class BaseParser:
         self._after_call = False
         self._out: list[Piece] = []
 
+    def expect_form(self) -> None:
+        """A grammar enforces the family's form: what else could be read as a call is none."""
+
     def feed(self, text: str, /) -> list[Piece]:
         self._buffer += text
         self._run()

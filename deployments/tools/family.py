@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deployments.tools import hermes, llama3, mistral, pythonic
-from deployments.tools.array import ArrayParser
 from deployments.tools.base import BaseParser
-from deployments.tools.grammar import ARRAY, Form
+from deployments.tools.either import EitherParser
+from deployments.tools.grammar import Form
+from deployments.tools.pieces import Parser
 from model_core.tokenizer.tokenizer import Tokenizer
 
 ToolParser = Literal["auto", "hermes", "llama3", "mistral", "pythonic"]
@@ -34,18 +35,18 @@ class Family:
     name: str
     tags: tuple[str, ...]
     make: Callable[[frozenset[str], frozenset[str], Callable[[], str]], BaseParser]
-    form: Form | None = None  # None: a grammar cannot write arguments so
+    form: Form
     new_id: Callable[[], str] = _long_id
 
-    def parser(self, names: frozenset[str], hidden: frozenset[str] = frozenset(), *, form: Form | None = None) -> BaseParser:
-        """names: functions that may be called; hidden: those of `tags` that are control tokens; form: the one that a grammar
-        enforces, if it does."""
-        return (ArrayParser if form is ARRAY else self.make)(names, hidden, self.new_id)
-
-    def own_form(self, special: frozenset[str]) -> Form | None:
-        """The form in which a grammar can make a model call; it cannot write control tokens (special)."""
-        form = self.form
-        return None if form is None or any(tag in form.begin + form.open + form.close for tag in special) else form
+    def parser(
+        self, names: frozenset[str], hidden: frozenset[str] = frozenset(), *, guided: bool = False, either: bool = False
+    ) -> Parser:
+        """names: functions that may be called; hidden: those of `tags` that are control tokens. guided: a grammar makes
+        calls have the family's form; either: and be the whole answer, in place of one of another form."""
+        parser = self.make(names, hidden, self.new_id)
+        if guided:
+            parser.expect_form()
+        return EitherParser(self.form.beginnings(sorted(names)), parser) if either else parser
 
 
 FAMILIES = {
@@ -54,7 +55,7 @@ FAMILIES = {
         Family("hermes", hermes.TAGS, hermes.HermesParser, hermes.FORM),
         Family("llama3", llama3.TAGS, llama3.LlamaParser, llama3.FORM),
         Family("mistral", mistral.TAGS, mistral.MistralParser, mistral.FORM, _short_id),
-        Family("pythonic", pythonic.TAGS, pythonic.PythonicParser),
+        Family("pythonic", pythonic.TAGS, pythonic.PythonicParser, pythonic.FORM),
     )
 }
 _SIGNS = {  # what only a template of that family says

@@ -1,15 +1,30 @@
-"""Grammars of calls: for those that must be made, and for strict arguments of those that a model makes on its own."""
+"""Grammars of calls: for those that must be made, for strict arguments of those that a model makes on its own, and for answers
+of another form that a model may give in place of calls."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from model_core.errors import RequestError
-from model_core.grammar.spec import Call, GrammarSpec, of_schema, of_tools
+from model_core.grammar.calls import (
+    Block,
+    Call,
+    Control,
+    of_answer_or_calls,
+    of_calls,
+    of_object_apart,
+    of_text_or_calls,
+    of_text_with_calls,
+)
+from model_core.grammar.ebnf import Rules
+from model_core.grammar.schema import keywords_grammar
+from model_core.grammar.spec import GrammarSpec, of_json_object, of_schema
 
 PARAM = "tools"
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 ANY_ARGUMENTS: dict[str, Any] = {"type": "object"}
 
@@ -29,35 +44,59 @@ class Callable(Protocol):
 class Form:
     """Calls as text: begin, then one or more of `open {"name": ..., key: {...}} close` with `between` in between, then end.
 
-    trigger: a beginning of that after which, in free text, a call must follow. key: of the arguments.
+    key: of the arguments; None: a call is `name(a=1, b="x")` instead.
+    trigger: a beginning of all that, after which, in free text, a call must follow. Without it calls are the whole answer, and
+    a text that is none of them does not begin with a character of `never`.
+    control, below: the control tokens of the model, which a grammar makes it write where they are in these texts.
     """
 
-    key: str = "arguments"
+    key: str | None = "arguments"
     open: str = ""
     close: str = ""
     begin: str = ""
     between: str = ""
     end: str = ""
     trigger: str = ""
+    never: str = ""
 
-    def forced(self, functions: Iterable[Callable], *, several: bool) -> GrammarSpec:
+    def forced(self, functions: Iterable[Callable], *, several: bool, control: tuple[Control, ...] = ()) -> GrammarSpec:
         """Nothing but calls, or the only one. Raises RequestError for a strict schema that cannot be enforced."""
-        calls = [Call(self._head(function, ""), _schema(function), "}" + self.close) for function in functions]
-        return of_tools(calls, PARAM, begin=self.begin, between=self.between if several else None, end=self.end, several=False)
+        return of_calls(self._block(functions, several, control), PARAM)
 
-    def free(self, functions: Iterable[Callable], *, several: bool) -> GrammarSpec:
+    def free(self, functions: Iterable[Callable], *, several: bool, control: tuple[Control, ...] = ()) -> GrammarSpec:
         """Any text, with calls in it or none, but none that is not as it should be. Raises RequestError as `forced`."""
-        calls = [Call(self._head(function, self.trigger), _schema(function), "}" + self.close) for function in functions]
-        return of_tools(calls, PARAM, begin=self.trigger, between=self.between if several and self.end else None, end=self.end,
-                        several=several and not self.end, free_text=True)  # fmt: skip
+        if not self.trigger:
+            return of_text_or_calls(self._block(functions, several, control), PARAM, self.never)
+        block = self._block(functions, several and bool(self.end), control)
+        return of_text_with_calls(block, PARAM, self.trigger, several=several and not self.end)
 
-    def _head(self, function: Callable, after: str) -> str:
-        """What stands before the arguments: without `begin`, or in free text all that stands after the trigger."""
-        head = f'{self.open}{{"name": "{function.name}", "{self.key}": '
-        return head if not after else (self.begin + head).removeprefix(after)
+    def beside(
+        self, answer: GrammarSpec, functions: Iterable[Callable], *, several: bool, control: tuple[Control, ...] = ()
+    ) -> GrammarSpec:
+        """Nothing but calls, or an answer of another form. Raises RequestError as `forced`; where one could be taken for the
+        other, that is found when it is compiled."""
+        if not self.begin + self.open and answer.text == of_json_object(PARAM).text:
+            answer = of_object_apart("name", answer.param)
+        return of_answer_or_calls(answer, self._block(functions, several, control), PARAM)
 
+    def beginnings(self, names: Iterable[str]) -> tuple[str, ...]:
+        """How calls of these functions begin."""
+        return tuple(self.begin + self._head(name) for name in names)
 
-ARRAY = Form(begin="[", between=", ", end="]")
+    def _block(self, functions: Iterable[Callable], several: bool, control: tuple[Control, ...]) -> Block:
+        keywords = self.key is None
+        close = (")" if keywords else "}") + self.close
+        calls = [Call(self._head(one.name), _schema(one, keywords), close, keywords) for one in functions]
+        return Block(tuple(calls), self.begin, self.between if several else None, self.end, control)
+
+    def _head(self, name: str) -> str:
+        """What stands before the arguments."""
+        if self.key is not None:
+            return f'{self.open}{{"name": "{name}", "{self.key}": '
+        if not _WORD.fullmatch(name):
+            raise RequestError(f"this model's form of calls cannot name the function '{name}': begin with a letter or '_'",
+                               param=PARAM, code="invalid_value")  # fmt: skip
+        return f"{self.open}{name}("
 
 
 def check(function: Callable, param: str) -> None:
@@ -66,14 +105,22 @@ def check(function: Callable, param: str) -> None:
         _enforceable(function, param)
 
 
-def _schema(function: Callable) -> dict[str, Any]:
-    """Arguments that need not be strict may have a schema that cannot be enforced: then they are any object."""
+def _schema(function: Callable, keywords: bool) -> dict[str, Any]:
+    """Arguments that need not be strict may have a schema that cannot be enforced: then they are any object, or, by name, those
+    that it names with any values."""
     try:
-        return _enforceable(function, PARAM)
+        schema = _enforceable(function, PARAM)
+        if keywords:
+            keywords_grammar(schema, PARAM, Rules())
+        return schema
     except RequestError:
         if function.strict:
             raise
-        return ANY_ARGUMENTS
+        if not keywords:
+            return ANY_ARGUMENTS
+    named = (function.parameters or {}).get("properties")
+    words = [name for name in named if _WORD.fullmatch(name)] if isinstance(named, dict) else []
+    return {"type": "object", "properties": dict.fromkeys(words, True)}
 
 
 def _enforceable(function: Callable, param: str) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from deployments.tools.grammar import Form
 TAG = "<|python_tag|>"
 TAGS = (TAG,)
 FORM = Form(key="parameters", between="; ", trigger='{"name": ')
-_STARTS = (TAG, "{")
 _BETWEEN = " \t\r\n;,]}"
 
 
@@ -17,6 +16,11 @@ class LlamaParser(BaseParser):
     """Calls may stand anywhere in prose, as small models write them: only an object that names a function of the request, and
     has no keys but those of a call, is one. What follows broken arguments belongs to them, to the end.
     """
+
+    _starts: tuple[str, ...] = (TAG, "{")
+
+    def expect_form(self) -> None:
+        self._starts = (FORM.trigger,)
 
     def _step(self) -> bool:
         if self._object is not None:
@@ -29,7 +33,7 @@ class LlamaParser(BaseParser):
             self._pending += char
             self._buffer = self._buffer[1:]
             return True
-        at, start = find_tag(self._buffer, _STARTS)
+        at, start = find_tag(self._buffer, self._starts)
         before, self._buffer = self._buffer[:at], self._buffer[at:]
         if before:
             self._say(before)

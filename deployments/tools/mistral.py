@@ -10,7 +10,7 @@ from deployments.tools.grammar import Form
 
 OPEN = "[TOOL_CALLS]"
 TAGS = (OPEN, "[CALL_ID]", "[ARGS]")
-FORM = Form(begin=OPEN + "[", between=", ", end="]", trigger=OPEN + "[")
+FORM = Form(begin=OPEN + "[", between=", ", end="]", trigger=OPEN)
 _BETWEEN = " \t\r\n,;[]}"
 _HEAD = re.compile(r"([A-Za-z0-9_.-]{1,256})\s*(?:\[CALL_ID\][A-Za-z0-9]*)?\s*(?:\[ARGS\])?\s*(?=\{)")
 _HEAD_SO_FAR = re.compile(r"[A-Za-z0-9_.-]+\s*(?:\[[A-Za-z0-9_\]\[]*)?\s*")

@@ -6,10 +6,12 @@ import re
 from typing import Any
 
 from deployments.tools.base import BaseParser, find_tag
+from deployments.tools.grammar import Form
 from deployments.tools.python_call import Brackets, arguments_of
 
 TAGS = ("<|python_tag|>", "<|python_start|>", "<|python_end|>")
 _BETWEEN = " \t\r\n,"
+FORM = Form(key=None, begin="[", between=", ", end="]", never=_BETWEEN + "[<")  # "<": of a tag
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _LONGEST_NAME = 128
 

@@ -36,7 +36,7 @@ class Compiler:
                  cache_count: int = CACHE_COUNT) -> None:  # fmt: skip
         self._load, self._timeout_s = load, timeout_s
         self._cache_bytes, self._cache_count = cache_bytes, cache_count
-        self._cache: OrderedDict[str, Compiled] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, tuple[int, ...]], Compiled] = OrderedDict()
         self._lock = threading.Lock()  # for the cache
         self._turn = threading.Lock()  # for all else
         self._vocabulary: Vocabulary | None = None
@@ -65,13 +65,14 @@ class Compiler:
 
     def _kept(self, spec: GrammarSpec) -> Compiled | None:
         with self._lock:
-            if spec.text in self._cache:
-                self._cache.move_to_end(spec.text)
-            return self._cache.get(spec.text)
+            key = spec.text, spec.marks
+            if key in self._cache:
+                self._cache.move_to_end(key)
+            return self._cache.get(key)
 
     def _keep(self, spec: GrammarSpec, compiled: Compiled) -> None:
         with self._lock:
-            self._cache[spec.text] = compiled
+            self._cache[spec.text, spec.marks] = compiled
             total = sum(one.nbytes for one in self._cache.values())
             while len(self._cache) > self._cache_count or (total > self._cache_bytes and len(self._cache) > 1):
                 total -= self._cache.popitem(last=False)[1].nbytes
@@ -89,7 +90,7 @@ class Compiler:
             self._worker = _start(self._vocabulary)
         answer = self._ask(self._worker, spec)
         if isinstance(answer, str):
-            return Compiled.unpacked(answer, self._vocabulary)
+            return Compiled.unpacked(answer, self._vocabulary.marked(spec.marks))
         message, param, code = answer
         raise RequestError(message, param=param, code=code)
 

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from model_core.errors import RequestError
+from model_core.grammar.ebnf import MARKS
 from model_core.grammar.native import native
 from model_core.grammar.pattern import INVALID
-from model_core.grammar.spec import GrammarSpec
+from model_core.grammar.spec import Apart, GrammarSpec
 
 PATIENCE_S, PATIENCE_S_A_TOKEN = 1.0, 0.02  # of an engine, which does nothing else meanwhile
 
@@ -31,6 +33,18 @@ class Vocabulary:
         for token in eos_ids:  # even if the tokenizer takes it for a word
             self.tokens[token : token + 1] = [b""]
         self.info = native.TokenizerInfo(self.tokens, 0, size, list(eos_ids), False)  # 0: tokens are raw bytes
+        self._marked: dict[tuple[int, ...], Vocabulary] = {}  # as many as models have sets of tags: one
+
+    def marked(self, marks: tuple[int, ...]) -> Vocabulary:
+        """The same with these control tokens as the characters that stand for them in a grammar."""
+        if not marks:
+            return self
+        if marks not in self._marked:
+            tokens = list(self.tokens)
+            for token, mark in zip(marks, MARKS, strict=False):
+                tokens[token] = mark.encode()
+            self._marked = {marks: Vocabulary(tokens, self.size, self.eos_ids)}
+        return self._marked[marks]
 
     @property
     def words(self) -> int:
@@ -48,6 +62,9 @@ class Compiled:
     @classmethod
     def of(cls, spec: GrammarSpec, vocabulary: Vocabulary, threads: int = 1) -> Compiled:
         """Compiles here and now, however long it takes (see compiler.py). Raises RequestError for what is no grammar."""
+        if spec.apart is not None:
+            _check_apart(spec.apart, spec.param)
+        vocabulary = vocabulary.marked(spec.marks)
         compiler = native.GrammarCompiler(vocabulary.info, threads, False, -1)  # without a cache of its own
         try:
             return cls(compiler.compile_grammar_from_strings(spec.text, "root"), vocabulary)
@@ -64,7 +81,7 @@ class Compiled:
 
     @classmethod
     def unpacked(cls, text: str, vocabulary: Vocabulary) -> Compiled:
-        """What `packed` gave in a process with the same vocabulary."""
+        """What `packed` gave in a process with the same vocabulary, marked in the same way."""
         return cls(native.CompiledGrammar.deserialize_json(text, vocabulary.info), vocabulary)
 
 
@@ -118,6 +135,24 @@ class Matcher:
         if self._words and not self.native.is_completed():
             for stop in self._words:
                 masks[row, stop >> 5] &= _ALL_BUT[stop & 31]
+
+
+def _check_apart(apart: Apart, param: str) -> None:
+    """Raises RequestError for answers that could begin like what they must be told from."""
+    alone = Compiled.of(GrammarSpec(apart.text, param), _bytes())
+    for beginning in apart.beginnings:
+        matcher = alone.matcher(frozenset([256]))
+        matcher.follow(list(beginning.encode()))
+        if matcher.failure is None:
+            words = f"'{param}' allows answers that begin as this model's calls of tools do ({beginning})"
+            raise RequestError(f"{words}, and nobody could tell them apart: allow less, or leave 'tools' out.", param=param,
+                               code="unsupported_parameter")  # fmt: skip
+
+
+@cache
+def _bytes() -> Vocabulary:
+    """A token per byte, and one that ends a text."""
+    return Vocabulary([*(bytes([i]) for i in range(256)), b""], 257, [256])
 
 
 _ALL_BUT = [np.array(0xFFFFFFFF ^ (1 << bit), dtype=np.uint32).view(np.int32)[()] for bit in range(32)]

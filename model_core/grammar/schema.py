@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from decimal import Decimal
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ from model_core.grammar.ebnf import MAX_REPEAT, NOTHING, Rules, either, literal,
 from model_core.grammar.formats import FORMATS
 from model_core.grammar.number import DIGITS, INTEGER, NUMBER, Bound, integers, numbers
 from model_core.grammar.pattern import ESCAPED_IN_JSON, PLAIN_IN_JSON, pattern_grammar
+from model_core.grammar.series import items, members
 
 MAX_NODES = 2000
 MAX_DEPTH = 64
@@ -41,6 +43,7 @@ _TYPED = set().union(*_OF_TYPE.values())
 _WHOLE = ("$ref", "const", "enum", "anyOf", "oneOf", "allOf")  # each of them says all that a schema says
 _HARMLESS: dict[str, Any] = {"uniqueItems": False, "minContains": 0, "nullable": False}
 _FURTHEST = Decimal(10**DIGITS - 1)
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLAIN = one_of(PLAIN_IN_JSON)
 _STRING = f'"\\"" ({_PLAIN} | {ESCAPED_IN_JSON})* "\\""'
 
@@ -49,6 +52,12 @@ def schema_grammar(schema: Any, param: str, rules: Rules) -> str:
     """The name of the rule for a value of this schema. Raises RequestError, with the path of what cannot be enforced.
     param: the request's field that it came from."""
     return _Walk(schema, param, rules).rule(schema, "#")
+
+
+def keywords_grammar(schema: dict[str, Any], param: str, rules: Rules) -> str:
+    """The same for the schema of an object, which is written as Python's arguments by name, a=1, b="x": its listed properties,
+    whose names must be words. Values are written as in JSON."""
+    return rules.add(_Walk(schema, param, rules).object_(schema, "#", keywords=True))
 
 
 class _Walk:
@@ -257,9 +266,20 @@ class _Walk:
         if rest is False and low > len(first):
             self.refuse(f"{path}/minItems", "more items than 'prefixItems' without 'items'")
         item = NOTHING if rest is False or high == len(first) else self.inner(rest, f"{path}/items")
-        return f'"[" {_items(first, item, max(0, low - len(first)), None if high is None else high - len(first))} "]"'
+        return f'"[" {items(first, item, max(0, low - len(first)), None if high is None else high - len(first))} "]"'
+
+    def _named(self, name: str, path: str, keywords: bool) -> str:
+        """What stands before the value of a property."""
+        if not keywords:
+            return f'{literal(_json(name))} ": "'
+        if not _WORD.fullmatch(name):
+            self.refuse(f"{path}/properties/{_escaped(name)}", "a name that cannot be written as Python's arguments are")
+        return literal(name + "=")
 
     def _object(self, node: dict[str, Any], path: str) -> str:
+        return self.object_(node, path)
+
+    def object_(self, node: dict[str, Any], path: str, keywords: bool = False) -> str:
         low, high = self._counts(node, "minProperties", "maxProperties", path, MAX_ITEMS)
         listed, required, extra = node.get("properties", {}), node.get("required", []), node.get("additionalProperties")
         if not isinstance(listed, dict):
@@ -274,22 +294,22 @@ class _Walk:
                 self.refuse(f"{path}/additionalProperties", "a schema of further properties beside listed ones")
             if "patternProperties" in node:
                 self.refuse(f"{path}/patternProperties", "'patternProperties' beside listed properties")
-            parts = [(f"{literal(_json(name))} \": \" {self.inner(one, f'{path}/properties/{_escaped(name)}')}",
+            parts = [(f"{self._named(name, path, keywords)} {self.inner(one, f'{path}/properties/{_escaped(name)}')}",
                       name in required) for name, one in {**listed, **dict.fromkeys(missing, True)}.items()]  # fmt: skip
-            members = self._members(parts, low, high)
-            if members is None:
+            inside = members(self._rules, parts, low, high)
+            if inside is None:
                 self.refuse(f"{path}/{'maxProperties' if high is not None else 'minProperties'}",
                             "a number of properties that does not go with the listed and required ones")
-            return f'"{{" {members} "}}"'
+            return inside if keywords else f'"{{" {inside} "}}"'
         if low > 1:  # a name could come twice
             self.refuse(f"{path}/minProperties", "so many properties whose names are not listed")
-        name, value = self._unlisted(node, extra, path)
+        name, value = ("", "") if keywords else self._unlisted(node, extra, path)
         if not name:
             if low:
                 self.refuse(f"{path}/minProperties", "a property where none is allowed")
-            return '"{}"'
+            return NOTHING if keywords else '"{}"'
         member = self._rules.add(f'{name} ": " {value}')
-        return f'"{{" {_items([], member, low, high)} "}}"'
+        return f'"{{" {items([], member, low, high)} "}}"'
 
     def _unlisted(self, node: dict[str, Any], extra: Any, path: str) -> tuple[str, str]:
         """Name and value of properties that are not listed; "" if there can be none."""
@@ -306,27 +326,6 @@ class _Walk:
         name = f'"\\"" {pattern_grammar(pattern, at, self._param, json=True)} "\\""'
         return name, self.inner(one, f"{path}/patternProperties/{_escaped(pattern)}")
 
-    def _members(self, parts: list[tuple[str, bool]], low: int, high: int | None) -> str | None:
-        """The inside of an object. parts: of each property how it is written, and whether it must be there.
-
-        after[k]: what may follow the properties so far if k of them were written (as far as that matters), None if nothing
-        can. Built from the last property to the first.
-        """
-        most = max(1, low) if high is None else max(1, low, high)
-        after: list[str | None] = [NOTHING if k >= low else None for k in range(most + 1)]
-        for written, must in reversed(parts):
-            before: list[str | None] = []
-            for k in range(most + 1):
-                options = []
-                follows = after[min(k + 1, most)] if high is None or k < high else None
-                if follows is not None:
-                    options.append(" ".join([*(['", "'] if k else []), written, *([follows] if follows != NOTHING else [])]))
-                if not must and (rest := after[k]) is not None:
-                    options.append(rest)
-                before.append(self._rules.add(either(options)) if options else None)
-            after = before
-        return after[0]
-
     def _counts(self, node: dict[str, Any], least: str, most: str, path: str, limit: int) -> tuple[int, int | None]:
         found: list[int | None] = []
         for key in (least, most):
@@ -340,18 +339,6 @@ class _Walk:
         if high is not None and high < (low or 0):
             self.refuse(f"{path}/{most}", "a maximum below the minimum")
         return low or 0, high
-
-
-def _items(first: list[str], item: str, low: int, high: int | None) -> str:
-    """`first`, then low to high times `item`, with commas between them."""
-    if item == NOTHING or high == 0:
-        return ' ", " '.join(first) or NOTHING
-    if first:
-        more = repeated(f'(", " {item})', low, high)
-        return ' ", " '.join(first) + f" {more}"
-    more = repeated(f'(", " {item})', max(0, low - 1), None if high is None else high - 1)
-    some = f"{item} {more}" if more != NOTHING else item
-    return some if low else f"({some})?"
 
 
 def _json(value: Any) -> str:

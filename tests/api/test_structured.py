@@ -32,14 +32,12 @@ BODIES: dict[str, dict[str, Any]] = {
 AS_FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
 
 
-@pytest.fixture
-def vocabulary(server):
+def vocabulary_of(server):
     tokenizer = server.app.state.service.tokenizer
-    return Vocabulary(tokenizer.byte_table(skip_special_tokens=True), server.INFO.vocab_size, server.INFO.eos_ids)
+    return Vocabulary(tokenizer.byte_table(skip_special_tokens=True), tokenizer.vocab_size, server.INFO.eos_ids)
 
 
-@pytest.fixture
-def obedient(server, vocabulary):
+def obey(server, vocabulary):
     """The server, whose engine follows the grammar of a request."""
 
     def script(request: Request) -> list[int]:
@@ -52,12 +50,17 @@ def obedient(server, vocabulary):
             matcher.follow(output)
             matcher.fill(masks, 0)
             ids = np.flatnonzero(np.unpackbits(masks.view(np.uint8)[0], bitorder="little")[: vocabulary.size]).tolist()
-            weights = [5 if i in stops or chr(i % 256) in '"}]' else 1 if i < 128 else 0.01 for i in ids]
+            weights = [5 if i in stops or chr(i % 256) in '"}]' else 1 if i < 128 or i > server.IM_END else 0.01 for i in ids]
             output.append(chance.choices(ids, weights)[0])
         return output
 
     server.fake.script = script
     return server
+
+
+@pytest.fixture
+def obedient(server):
+    return obey(server, vocabulary_of(server))
 
 
 def post(server, path: str, **fields: Any) -> tuple[int, dict[str, Any]]:
@@ -134,6 +137,69 @@ def test_the_client_parses_its_own_models(obedient) -> None:
         assert isinstance(response.output_parsed, Person)
 
 
+WEATHER = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
+CITY = {**SCHEMA, "properties": {"which": {"type": "string", "maxLength": 9}, **SCHEMA["properties"]}, "required": ["which"]}
+AS_CITY = {"type": "json_schema", "name": "city", "schema": CITY}
+TOOLS: dict[str, dict[str, Any]] = {
+    CHAT: {"tools": [{"type": "function", "function": {"name": "f", "parameters": WEATHER, "strict": True}}],
+           "response_format": {"type": "json_schema", "json_schema": AS_CITY}, "max_tokens": 500},
+    RESPONSES: {"tools": [{"type": "function", "name": "f", "parameters": WEATHER}], "max_output_tokens": 500,
+                "text": {"format": AS_CITY}},
+    MESSAGES: {"tools": [{"name": "f", "input_schema": WEATHER}], "structured_outputs": {"json": CITY}, "max_tokens": 500},
+}  # fmt: skip
+
+
+def called(path: str, answer: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Name and arguments of the calls in an answer."""
+    if path == CHAT:
+        calls = [call["function"] for call in answer["choices"][0]["message"].get("tool_calls") or []]
+    else:
+        items = answer["output" if path == RESPONSES else "content"]
+        calls = [item for item in items if item["type"] in ("function_call", "tool_use")]
+    return [(call["name"], call["input"] if path == MESSAGES else json.loads(call["arguments"])) for call in calls]
+
+
+@pytest.mark.parametrize("path", TOOLS)
+@pytest.mark.parametrize("parser", ["hermes", "mistral", "llama3", "pythonic"])
+def test_a_form_beside_tools(fresh_server, parser, path) -> None:
+    """Calls that fit, or an answer of the form; and what tool_choice makes of it."""
+    special = {"hermes": (), "mistral": ("[TOOL_CALLS]", "[ARGS]"), "llama3": ("<|python_tag|>",), "pythonic": ()}[parser]
+    shown = "{% if tools %}{{ tools }}{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+    server = fresh_server(special=special, template=shown, info=fresh_server.ROOMY, tool_parser=parser)
+    obey(server, vocabulary_of(server))
+    kinds = set()
+    for seed in range(16):
+        status, answer = post(server, path, seed=seed, **TOOLS[path])
+        assert status == 200, answer
+        calls = called(path, answer)
+        for name, given in calls:
+            assert name == "f"
+            jsonschema.validate(given, WEATHER)
+        if not calls:
+            jsonschema.validate(json.loads(text_of(path, answer)), CITY)
+        kinds.add(bool(calls))
+    assert kinds == {True, False}
+    none, must = ({"type": "none"}, {"type": "any"}) if path == MESSAGES else ("none", "required")
+    status, answer = post(server, path, **TOOLS[path], tool_choice=none)
+    assert status == 200 and not called(path, answer)
+    jsonschema.validate(json.loads(text_of(path, answer)), CITY)
+    assert called(path, post(server, path, **TOOLS[path], tool_choice=must)[1])
+
+
+def test_a_form_beside_tools_streamed(fresh_server) -> None:
+    server = fresh_server(info=fresh_server.ROOMY)
+    obey(server, vocabulary_of(server))
+    for seed in range(6):
+        status, whole = post(server, CHAT, seed=seed, **TOOLS[CHAT])
+        choices = [event["choices"][0] for event in server.stream(seed=seed, **TOOLS[CHAT]) if event != "[DONE]"]
+        content = "".join(choice["delta"].get("content") or "" for choice in choices)
+        given = "".join(call["function"].get("arguments", "") for choice in choices
+                        for call in choice["delta"].get("tool_calls", []))  # fmt: skip
+        message = whole["choices"][0]["message"]
+        assert content == (message["content"] or "")
+        assert given == "".join(call["function"]["arguments"] for call in message.get("tool_calls") or [])
+
+
 @pytest.mark.parametrize("fields", [
     {"response_format": {"type": "text"}}, {"response_format": None}, {"structured_outputs": {}}, {"structured_outputs": None},
     {"structured_outputs": {"json": None}},
@@ -163,8 +229,8 @@ DEEP = "at '#/properties/a/uniqueItems'"
     (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "missing_required_parameter",
      "response_format.json_schema.name", ""),
     (CHAT, {"guided_json": SCHEMA}, "unsupported_parameter", "guided_json", "structured_outputs"),
-    (CHAT, {"response_format": AS_FORMAT, "tools": [{"type": "function", "function": {"name": "f"}}]}, "unsupported_parameter",
-     "response_format.json_schema.schema", "tools"),
+    (CHAT, {"structured_outputs": {"grammar": 'root ::= "a"'}, "tools": [{"type": "function", "function": {"name": "f"}}]},
+     "unsupported_parameter", "structured_outputs.grammar", "tool_choice"),
 ])  # fmt: skip
 def test_what_is_refused(server, path, fields, code, param, words) -> None:
     status, answer = post(server, path, **fields)

@@ -227,13 +227,19 @@ def test_the_same_grammar_by_every_api(roomy):
     assert texts[0] == texts[3] and texts[1] == texts[4] and texts[2] == texts[5] and len(set(texts)) == 3
 
 
-def test_a_call_without_tags_where_they_are_control_tokens(fresh_server):
+JSON_OBJECT = {"response_format": {"type": "json_object"}}
+
+
+@pytest.mark.parametrize("fields", [{"tool_choice": "required"}, {"tools": STRICT}, JSON_OBJECT])
+def test_a_grammar_of_tags_that_are_control_tokens(fresh_server, fields):
     server = fresh_server(special=("<tool_call>", "</tool_call>"), info=fresh_server.ROOMY)
-    says(server, '[{"name": "get_weather", "arguments": {"city": "Rome"}}, {"name": "f", "arguments": {}}]')
-    [choice] = server.client().chat.completions.create(**ASK, tool_choice="required").choices
-    assert calls(choice.message) == [("get_weather", '{"city": "Rome"}'), ("f", "{}")] and choice.message.content is None
-    status, _, answer = server.chat(tools=STRICT)
-    assert (status, answer["error"]["param"]) == (400, "tools") and "tool_choice" in answer["error"]["message"]
+    open_id, close_id = server.IM_END + 1, server.IM_END + 2
+    inside = PARIS.removeprefix("<tool_call>").removesuffix("</tool_call>")
+    server.fake.script = lambda request: [open_id, *server.encode(inside), close_id, server.IM_END]
+    [choice] = server.client().chat.completions.create(**{**ASK, **fields}).choices
+    assert calls(choice.message) == [("get_weather", '{"city": "Paris"}')] and choice.message.content is None
+    grammar = compiled(server.fake.requests[-1].params.grammar)
+    assert accepts(grammar, open_id, inside, close_id) and not accepts(grammar, PARIS)
 
 
 def test_a_strict_schema_that_cannot_be_enforced(roomy):

@@ -12,10 +12,11 @@ import pytest
 
 from benchmarks.grammar import made_up
 from model_core.errors import CheckpointError, RequestError
+from model_core.grammar.calls import Block, Call, Control, of_answer_or_calls
 from model_core.grammar.compiler import Compiler
 from model_core.grammar.matcher import Vocabulary
 from model_core.grammar.spec import GrammarSpec, of_choice, of_regex
-from tests.grammar.walks import VOCABULARY, accepts
+from tests.grammar.walks import SPECIAL, VOCABULARY, accepts
 
 
 @pytest.fixture
@@ -34,6 +35,14 @@ def test_what_is_kept(compiler: Compiler) -> None:
         compiler.get(spec)
     assert compiler.get(specs[4]) is compiler.get(specs[4])
     assert compiler.get(specs[0]) is not first  # used longest ago
+
+
+def test_control_tokens_and_what_must_be_told_apart(compiler: Compiler) -> None:
+    block = Block((Call("[", {"type": "integer"}, "]"),), "<call>", control=(Control(SPECIAL, "<call>"),))
+    grammar = compiler.get(of_answer_or_calls(of_choice(["yes"], "x"), block, "tools"))
+    assert accepts(grammar, SPECIAL, "[3]") and accepts(grammar, "yes") and not accepts(grammar, "<call>[3]")
+    with pytest.raises(RequestError, match="tell them apart"):
+        compiler.get(of_answer_or_calls(of_choice(["<call>[x"], "x"), block, "tools"))
 
 
 def test_many_at_once(compiler: Compiler) -> None:

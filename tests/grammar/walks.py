@@ -14,7 +14,8 @@ _WORDS = ['{"', '"}', '": ', '", "', '",', '"]', "]}", "}}", "null", "true", "10
           "aaaa", "é€", "\n\n", '\\"', '\\n"', 'x" y', ", ", "[[", "<tool", "_call>", "😀"]  # fmt: skip
 _PIECES = [bytes([i]) for i in range(256)] + [word.encode() for word in _WORDS] + ["€".encode()[:2], b"a\xe2", b"\x82\xac"]
 STOP, SPECIAL = len(_PIECES), len(_PIECES) + 1
-VOCABULARY = Vocabulary([*_PIECES, b"", b""], SPECIAL + 4, [STOP])  # two ids that the tokenizer does not know
+OTHER = SPECIAL + 1
+VOCABULARY = Vocabulary([*_PIECES, b"", b"", b""], OTHER + 3, [STOP])  # two ids that the tokenizer does not know
 
 
 def compiled(spec: GrammarSpec) -> Compiled:
@@ -28,34 +29,40 @@ def allowed(matcher: Matcher) -> list[int]:
     return np.flatnonzero(np.unpackbits(masks[1].view(np.uint8), bitorder="little")[: VOCABULARY.size]).tolist()
 
 
-def write(grammar: Compiled, seed: int, most: int = 500) -> tuple[bytes, bool]:
-    """What random choices write, and whether it came to an end by itself. It likes to close what is open."""
-    chance, matcher, output = random.Random(seed), Matcher(grammar, frozenset([STOP])), list[int]()
+def write(
+    grammar: Compiled, seed: int, most: int = 500, *, begin: str = "", shown: dict[int, str] | None = None
+) -> tuple[bytes, bool]:
+    """What random choices write behind a beginning, and whether it came to an end by itself. They like to close what is open,
+    and control tokens, which may be written only if they have texts (shown)."""
+    shown = shown or {}
+    chance, matcher, output = random.Random(seed), Matcher(grammar, frozenset([STOP])), list(begin.encode())
+    matcher.follow(output)
     for step in range(most):
         ids = allowed(matcher)
         assert ids, f"nothing may follow {text(output)!r}"
-        assert max(ids) <= STOP, "an id that stands for no text"
+        assert all(i <= STOP or i in shown for i in ids), "an id that stands for no text"
         eager = 1 + step / 20
-        weights = [8 * eager if i == STOP or VOCABULARY.tokens[i][:1] in (b'"', b"}", b"]") else 1.0 if i > 255 else
+        weights = [8 * eager if i >= STOP or VOCABULARY.tokens[i][:1] in (b'"', b"}", b"]") else 1.0 if i > 255 else
                    0.5 if i < 128 else 0.02 for i in ids]  # fmt: skip
         token = chance.choices(ids, weights)[0]
         if token == STOP:
-            return text(output), True
+            return text(output, shown), True
         output.append(token)
         matcher.follow(output)
         assert matcher.failure is None, "the mask had allowed too much"
-    return text(output), False
+    return text(output, shown), False
 
 
-def accepts(grammar: Compiled, whole: str) -> bool:
-    """Whether the text, and not only a beginning of one, is of the grammar; byte by byte."""
+def accepts(grammar: Compiled, *whole: str | int) -> bool:
+    """Whether texts (byte by byte) and control tokens (by id) are together of the grammar, and not only a beginning."""
     matcher = Matcher(grammar, frozenset([STOP]))
-    matcher.follow(list(whole.encode()))
+    matcher.follow([token for part in whole for token in (part.encode() if isinstance(part, str) else [part])])
     return matcher.failure is None and STOP in allowed(matcher)
 
 
-def text(output: list[int]) -> bytes:
-    return b"".join(VOCABULARY.tokens[i] for i in output)
+def text(output: list[int], shown: dict[int, str] | None = None) -> bytes:
+    """shown: texts of control tokens."""
+    return b"".join(shown[i].encode() if shown and i in shown else VOCABULARY.tokens[i] for i in output)
 
 
 def by_bytes(grammar: Compiled, output: list[int]) -> set[int]:

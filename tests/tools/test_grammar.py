@@ -9,66 +9,137 @@ from jsonschema import Draft202012Validator
 
 from deployments.protocol.tools import Function
 from deployments.tools.family import FAMILIES
-from deployments.tools.grammar import ARRAY, check
+from deployments.tools.grammar import check
 from deployments.tools.pieces import Call, joined
 from model_core.errors import RequestError
-from tests.grammar.walks import accepts, compiled, write
+from model_core.grammar.calls import Control
+from model_core.grammar.spec import of_json_object, of_schema
+from tests.grammar.walks import OTHER, SPECIAL, accepts, compiled, write
 
 SCHEMA = {"type": "object", "required": ["a"], "properties": {
     "a": {"type": "integer", "minimum": 0, "maximum": 99}, "b": {"enum": ["</tool_call>", "}", '"; ']}}}  # fmt: skip
 FUNCTIONS = [Function(name="f", parameters=SCHEMA), Function(name="g"), Function(name="h", parameters={"not": {}})]
 SCHEMAS = {"f": SCHEMA, "g": {"type": "object", "maxProperties": 0}, "h": {"type": "object"}}
-FORMS = [(name, family.form or ARRAY) for name, family in FAMILIES.items()] + [("hermes", ARRAY)]
+OBJECT = {"type": "object", "properties": {"a": {"type": "string"}, "name": {"enum": ["f"]}}, "required": ["name"]}
+CONTROL = {
+    "hermes": (Control(SPECIAL, "<tool_call>"), Control(OTHER, "</tool_call>")),
+    "mistral": (Control(SPECIAL, "[TOOL_CALLS]"), Control(OTHER, "[ARGS]")),
+    "llama3": (Control(SPECIAL, "<|python_tag|>"),),
+    "pythonic": (Control(SPECIAL, "<|python_start|>"),),
+}
+ALL = [(name, control) for name in FAMILIES for control in ((), CONTROL[name])]
 F, G = '{"name": "f", "arguments": {"a": 1}}', '{"name": "g", "arguments": {}}'
 
 
-def read(family, form, text):
-    parser = FAMILIES[family].parser(frozenset(SCHEMAS), form=form)
-    return joined([*parser.feed(text), *parser.finish()])
-
-
-@pytest.mark.parametrize(("family", "form"), FORMS, ids=lambda one: one if isinstance(one, str) else "")
-@pytest.mark.parametrize("several", [False, True])
-def test_forced_calls_always_parse(family, form, several):
-    grammar = compiled(form.forced(FUNCTIONS, several=several))
-    ended = 0
+def walk(family, control, spec, *, either=False, begin=""):
+    """Blocks of texts that came to an end."""
+    grammar, shown = compiled(spec), {one.id: one.text for one in control}
+    hidden = frozenset(one.text for one in control)
     for seed in range(12):
-        text, is_whole = write(grammar, seed)
-        if not is_whole:
-            continue
-        blocks = read(family, form, text.decode())
-        assert all(isinstance(call, Call) and call.is_whole for call in blocks) and blocks, text
+        text, is_whole = write(grammar, seed, begin=begin, shown=shown)
+        if is_whole:
+            parser = FAMILIES[family].parser(frozenset(SCHEMAS), hidden, guided=True, either=either)
+            yield text, joined([*parser.feed(text.decode("utf-8", "replace")), *parser.finish()])
+
+
+def check_calls(blocks, functions=SCHEMAS):
+    for call in blocks:
+        assert call.is_whole
+        Draft202012Validator(functions[call.name]).validate(json.loads(call.arguments))
+
+
+@pytest.mark.parametrize(("family", "control"), ALL)
+@pytest.mark.parametrize("several", [False, True])
+def test_forced_calls_always_parse(family, control, several):
+    ended = 0
+    for text, blocks in walk(family, control, FAMILIES[family].form.forced(FUNCTIONS, several=several, control=control)):
+        assert all(isinstance(call, Call) for call in blocks) and blocks, text
         assert several or len(blocks) == 1
-        for call in blocks:
-            Draft202012Validator(SCHEMAS[call.name]).validate(json.loads(call.arguments))
+        check_calls(blocks)
         ended += 1
     assert ended >= 4
+
+
+@pytest.mark.parametrize(("family", "control"), ALL)
+def test_what_is_read_as_a_call_in_free_text_is_as_it_should_be(family, control):
+    begins = {"hermes": "Hm. <tool_call>", "mistral": "Hm. [TOOL_CALLS]", "llama3": 'Hm. {"name": ', "pythonic": "["}
+    ended = called = 0
+    for several in (False, True):
+        spec = FAMILIES[family].form.free(FUNCTIONS, several=several, control=control)
+        for begin in ("", begins[family] if not spec.marks else "Hm."):
+            for _, blocks in walk(family, control, spec, begin=begin):
+                found = [block for block in blocks if isinstance(block, Call)]
+                check_calls(found)
+                ended, called = ended + 1, called + bool(found)
+    assert ended >= 20 and called >= 4
+
+
+@pytest.mark.parametrize("text", [
+    '{"name":"f", "parameters": {"a": "x"}}', '{ "name": "f", "parameters": {"a": "x"}}',
+    '<|python_tag|>{"parameters": {"a": "x"}, "name": "f"}',
+])  # fmt: skip
+def test_what_the_grammar_takes_for_text_is_not_read_as_a_call(text):
+    family = FAMILIES["llama3"]
+    assert accepts(compiled(family.form.free(FUNCTIONS, several=True)), text)
+    for guided, found in ((True, str), (False, Call)):
+        parser = family.parser(frozenset(SCHEMAS), guided=guided)
+        assert isinstance(joined([*parser.feed(text), *parser.finish()])[0], found)
+
+
+@pytest.mark.parametrize(("family", "control"), ALL)
+@pytest.mark.parametrize("answer", [of_json_object("x"), of_schema(OBJECT, "x")], ids=["any", "schema"])
+def test_calls_or_an_answer_of_a_form(family, control, answer):
+    spec = FAMILIES[family].form.beside(answer, FUNCTIONS, several=True, control=control)
+    call = FAMILIES[family].form.beginnings(["f"])[0]
+    kinds = set()
+    for begin in ("", "{") if spec.marks else ("{", call):
+        for text, blocks in walk(family, control, spec, either=True, begin=begin):
+            kinds.add(type(blocks[0]))
+            if isinstance(blocks[0], str):
+                assert blocks == [text.decode()]
+                Draft202012Validator(OBJECT if answer.text != of_json_object("x").text else {}).validate(json.loads(text))
+            else:
+                check_calls(blocks)
+    assert kinds == {str, Call}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_full_of_calls_is_still_an_answer(family):
+    one = {"hermes": f"<tool_call>{F}</tool_call>", "mistral": f"[TOOL_CALLS][{F}]", "pythonic": "[f(a=1)]", "llama3": "{}"}
+    text = json.dumps({"a": [one[family]], "b": {"name": "f", "parameters": {"a": 1}, "arguments": {}}}) + "\n"
+    for size in (1, 7, 1000):
+        parser = FAMILIES[family].parser(frozenset(SCHEMAS), guided=True, either=True)
+        pieces = [piece for at in range(0, len(text), size) for piece in parser.feed(text[at : at + size])]
+        assert joined([*pieces, *parser.finish()]) == [text]
 
 
 @pytest.mark.parametrize(("family", "one", "two"), [
     ("hermes", f"<tool_call>\n{F}\n</tool_call>", f"<tool_call>\n{F}\n</tool_call>\n<tool_call>\n{G}\n</tool_call>"),
     ("llama3", F.replace("arguments", "parameters"), f"{F}; {G}".replace("arguments", "parameters")),
     ("mistral", f"[TOOL_CALLS][{F}]", f"[TOOL_CALLS][{F}, {G}]"),
-    ("pythonic", f"[{F}]", f"[{F}, {G}]"),
+    ("pythonic", "[f(a=1)]", "[f(a=1), g()]"),
 ])  # fmt: skip
 def test_they_have_the_familys_form(family, one, two):
-    form = FAMILIES[family].form or ARRAY
+    form = FAMILIES[family].form
     single, several = (compiled(form.forced(FUNCTIONS, several=several)) for several in (False, True))
     assert accepts(single, one) and accepts(several, one) and accepts(several, two) and not accepts(single, two)
     assert not accepts(several, "") and not accepts(several, "Well, " + one)
-    if form is ARRAY:
-        return
     free, once = (compiled(form.free(FUNCTIONS, several=several)) for several in (True, False))
     for text in ("", "Just text. <tool", one, "Well. " + one):
         assert accepts(free, text) and accepts(once, text)
     assert accepts(free, two) and not accepts(once, two)
-    assert not accepts(free, one.replace("1", '"1"')) and not accepts(free, one.replace('"f"', '"other"'))
+    assert not accepts(free, one.replace("1", '"1"')) and not accepts(free, one.replace("f", "other", 1))
 
 
-def test_control_tokens_cannot_be_written():
-    for family, tags, own in (("hermes", {"<tool_call>"}, False), ("mistral", {"[TOOL_CALLS]"}, False), ("llama3", set(), True),
-                              ("llama3", {"<|python_tag|>"}, True), ("mistral", {"[ARGS]"}, True), ("pythonic", set(), False)):
-        assert (FAMILIES[family].own_form(frozenset(tags)) is not None) == own
+def test_by_name_only_words_can_be_written():
+    form = FAMILIES["pythonic"].form
+    with pytest.raises(RequestError, match="'1f'"):
+        form.forced([Function(name="1f")], several=True)
+    spaced = {"type": "object", "properties": {"a b": {"type": "integer"}, "c": {"type": "integer"}}}
+    with pytest.raises(RequestError, match="'#/properties/a b'"):
+        form.free([Function(name="f", parameters=spaced, strict=True)], several=True)
+    loose = compiled(form.forced([Function(name="f", parameters=spaced)], several=True))
+    assert accepts(loose, '[f(c={"x": [null]})]') and accepts(loose, "[f()]")
 
 
 @pytest.mark.parametrize("schema", [{"not": {}}, {"type": "string"}, {"anyOf": [{"type": "object"}]}, {"$ref": "#/$defs/x"}])
@@ -77,6 +148,6 @@ def test_a_strict_schema_is_enforced_or_refused(schema):
         check(Function(name="f", parameters=schema, strict=True), "tools[3]")
     assert caught.value.param == "tools[3]" and caught.value.code == "invalid_json_schema"
     with pytest.raises(RequestError):
-        ARRAY.forced([Function(name="f", parameters=schema, strict=True)], several=True)
+        FAMILIES["hermes"].form.forced([Function(name="f", parameters=schema, strict=True)], several=True)
     check(Function(name="f", parameters=schema), "tools[3]")
-    ARRAY.forced([Function(name="f", parameters=schema)], several=True)
+    FAMILIES["hermes"].form.forced([Function(name="f", parameters=schema)], several=True)
