@@ -10,7 +10,7 @@ from deployments.protocol.anthropic_blocks import BLOCKS_SCHEMA, chat_messages, 
 from deployments.protocol.errors import bad_request
 from deployments.protocol.limits import Limits
 from deployments.protocol.requests import ChatRequest, Message, SamplingRequest, parse_fields
-from deployments.protocol.structured import one_grammar
+from deployments.protocol.structured import OutputConfig, one_grammar
 from deployments.protocol.tools import MAX_TOOLS, Function, FunctionName, Tool, ToolChoice
 from deployments.protocol.values import STOP_SCHEMA, Float, Int, Nested, as_stops
 
@@ -53,6 +53,7 @@ class AnthropicRequest(SamplingRequest):
     system: Blocks = None
     stop_sequences: Annotated[list[str], BeforeValidator(as_stops), WithJsonSchema(STOP_SCHEMA)] = []
     temperature: Annotated[Float, Field(ge=0, le=1)] = 1.0
+    output_config: OutputConfig = OutputConfig()
     tools: Annotated[list[AnthropicTool], Field(max_length=MAX_TOOLS)] = []
     tool_choice: AnthropicChoice = AnthropicChoice(type="auto")
     chat_template_kwargs: dict[str, Any] = {}
@@ -81,7 +82,9 @@ def parse_anthropic(body: dict[str, Any], limits: Limits) -> tuple[ChatRequest, 
         continue_final_message=messages[-1].role == "assistant",
         chat_template_kwargs=request.chat_template_kwargs,
     )
-    chat.held_to(one_grammar(structured_outputs=request.structured_outputs))
+    request.output_config.check("output_config")
+    form = request.output_config.format
+    chat.held_to(one_grammar(**{"output_config.format": form, "structured_outputs": request.structured_outputs}))
     return chat, unknown
 
 

@@ -43,7 +43,6 @@ def _ignored(names: str, endpoints: tuple[Endpoint, ...] = BOTH, note: str = "")
     return [Field(name, "ignored", endpoints, note) for name in names.split()]
 
 
-_GRAMMARS = "Use structured_outputs."
 _HOSTED = "This server runs no tools itself; describe functions in tools, and run them in the client."
 _MEMORY = "Answers are not stored here: send the whole conversation as input."
 _NEVER = "This server serves text models only."
@@ -91,6 +90,7 @@ FIELDS: tuple[Field, ...] = (
              "beside tools it holds for answers without calls"),
     *_served("structured_outputs", ALL, "vLLM's: one of json, json_object, regex, choice and grammar (not beside tools)"),
     *_served("text", RESPONSES, "its format, as response_format in chat"),
+    *_served("output_config", MESSAGES, "its format, as response_format in chat; others of its members are refused"),
     *_served("system", MESSAGES, "a string, or text blocks"),
     *_served("stop_sequences", MESSAGES),
     *_ignored("user safety_identifier service_tier", BOTH + RESPONSES, "for the provider's books"),
@@ -132,8 +132,7 @@ FIELDS: tuple[Field, ...] = (
     Field("max_tool_calls", "refused", RESPONSES, "It is about tools that a server runs. " + _HOSTED),
     Field("context_management", "refused", DIALECTS, "The whole conversation is sent each time; leave out what is old.", ([],)),
     Field("thinking", "refused", MESSAGES, "Its models do not think apart from answers.", ({"type": "disabled"},)),
-    Field("output_config", "refused", MESSAGES, _GRAMMARS, ({},)),
-    Field("output_format", "refused", MESSAGES, _GRAMMARS),
+    Field("output_format", "refused", MESSAGES, "It was replaced by output_config.format."),
     Field("mcp_servers", "refused", MESSAGES, _HOSTED, ([],)),
     Field("container", "refused", MESSAGES, "There are no containers here."),
     Field("use_beam_search", "refused", BOTH, "Beam search is not planned; use n.", (False,)),

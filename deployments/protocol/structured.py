@@ -1,4 +1,5 @@
-"""The fields that say what an answer must look like: response_format, structured_outputs, text.format → one GrammarSpec."""
+"""The fields that say what an answer must look like: response_format, structured_outputs, text.format, output_config.format →
+one GrammarSpec."""
 
 from __future__ import annotations
 
@@ -73,6 +74,33 @@ class TextOptions(Nested):
 
     format: OutputFormat | None = None
     verbosity: Any = None  # no effect on models without it
+
+
+class MessageFormat(Nested):
+    """Of /v1/messages."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+    def grammar(self, path: str) -> GrammarSpec | None:
+        return _json(self.type, self.schema_, f"{path}.schema", path)
+
+
+class OutputConfig(Nested):
+    """Of /v1/messages: its format. Other members ask for what this server cannot do."""
+
+    model_config = ConfigDict(extra="allow")
+
+    format: MessageFormat | None = None
+
+    def check(self, path: str) -> None:
+        """Raises ApiError 400."""
+        reasons = {"effort": "Its models know no degrees of effort.", "task_budget": "Its models see no budget: use max_tokens."}
+        for name in self.model_extra or ():
+            words = f"Unsupported parameter: '{path}.{name}' is not supported by this server."
+            raise unsupported(f"{path}.{name}", f"{words} {reasons.get(name, 'Only format is.')}")
 
 
 def _schema(value: Any) -> Any:

@@ -80,6 +80,7 @@ ASKED = [
     (CHAT, {"response_format": AS_FORMAT}),
     (TEXT, {"response_format": AS_FORMAT}),
     (RESPONSES, {"text": {"format": {"type": "json_schema", "name": "person", "schema": SCHEMA}}}),
+    (MESSAGES, {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}),
     *((path, {"structured_outputs": {"json": SCHEMA}}) for path in BODIES),
     (CHAT, {"structured_outputs": {"json": json.dumps(SCHEMA)}}),
 ]
@@ -145,7 +146,8 @@ TOOLS: dict[str, dict[str, Any]] = {
            "response_format": {"type": "json_schema", "json_schema": AS_CITY}, "max_tokens": 500},
     RESPONSES: {"tools": [{"type": "function", "name": "f", "parameters": WEATHER}], "max_output_tokens": 500,
                 "text": {"format": AS_CITY}},
-    MESSAGES: {"tools": [{"name": "f", "input_schema": WEATHER}], "structured_outputs": {"json": CITY}, "max_tokens": 500},
+    MESSAGES: {"tools": [{"name": "f", "input_schema": WEATHER}], "max_tokens": 500,
+               "output_config": {"format": {"type": "json_schema", "schema": CITY}}},
 }  # fmt: skip
 
 
@@ -209,6 +211,12 @@ def test_no_form_at_all(server, fields) -> None:
     assert status == 200 and server.fake.requests[-1].params.grammar is None
 
 
+def test_an_output_config_without_a_format(server) -> None:
+    for config in ({}, None, {"format": None}, {"effort": None}):
+        assert post(server, MESSAGES, output_config=config)[0] == 200
+        assert server.fake.requests[-1].params.grammar is None
+
+
 BAD = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
 DEEP = "at '#/properties/a/uniqueItems'"
 
@@ -219,6 +227,16 @@ DEEP = "at '#/properties/a/uniqueItems'"
     (RESPONSES, {"text": {"format": {"type": "json_schema", "name": "a", "schema": BAD}}}, "invalid_json_schema",
      "text.format.schema", DEEP),
     (MESSAGES, {"structured_outputs": {"json": BAD}}, None, None, DEEP),
+    (MESSAGES, {"output_config": {"format": {"type": "json_schema", "schema": BAD}}}, None, None, DEEP),
+    (MESSAGES, {"output_config": {"format": {"type": "json_schema"}}}, None, None, "'output_config.format.schema'"),
+    (MESSAGES, {"output_config": {"format": {"type": "text", "schema": {}}}}, None, None, "'json_schema'"),
+    (MESSAGES, {"output_config": {"effort": "low"}}, None, None, "'output_config.effort' is not supported"),
+    (MESSAGES, {"output_config": {"task_budget": {}}}, None, None, "use max_tokens"),
+    (MESSAGES, {"output_config": {"x": 1}}, None, None, "'output_config.x'"),
+    (MESSAGES, {"output_config": []}, None, None, "'output_config'"),
+    (MESSAGES, {"output_format": {"type": "json_schema", "schema": {}}}, None, None, "output_config.format"),
+    (MESSAGES, {"output_config": {"format": {"type": "json_schema", "schema": {}}}, "structured_outputs": {"regex": "a"}}, None,
+     None, "not both"),
     (CHAT, {"structured_outputs": {"json": "{"}}, "invalid_value", "structured_outputs.json", "JSON"),
     (CHAT, {"structured_outputs": {"json": 3}}, "invalid_type", "structured_outputs.json", "JSON"),
     (CHAT, {"structured_outputs": {"choice": []}}, "empty_array", "structured_outputs.choice", ""),
