@@ -97,7 +97,7 @@ class OutputConfig(Nested):
 
     def check(self, path: str) -> None:
         """Raises ApiError 400."""
-        reasons = {"effort": "Its models know no degrees of effort.", "task_budget": "Its models see no budget: use max_tokens."}
+        reasons = {"effort": "Its models know no degrees of it.", "task_budget": "Its models see no budget: use max_tokens."}
         for name in self.model_extra or ():
             words = f"Unsupported parameter: '{path}.{name}' is not supported by this server."
             raise unsupported(f"{path}.{name}", f"{words} {reasons.get(name, 'Only format is.')}")

@@ -209,6 +209,86 @@ def test_fields(server, path, name):
         assert not server.fake.requests
 
 
+RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
+BAD_SCHEMA = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+LONG = "z" * 300
+# the same of section 3.2 at the other two: path, fields → status, code, param
+DIALECTS = [
+    (RESPONSES, {"input": "a\0b"}, 200, None, None),
+    (RESPONSES, {"max_output_tokens": 4.0, "num_ctx": 1, "temperature": None, "top_p": 0}, 200, None, None),
+    (RESPONSES, {"max_output_tokens": "4"}, 400, "invalid_type", "max_output_tokens"),
+    (RESPONSES, {"max_output_tokens": True}, 400, "invalid_type", "max_output_tokens"),
+    (RESPONSES, {"max_output_tokens": 0}, 400, "integer_below_min_value", "max_output_tokens"),
+    (RESPONSES, {"max_output_tokens": -1}, 400, "integer_below_min_value", "max_output_tokens"),
+    (RESPONSES, {"max_output_tokens": 257}, 400, "integer_above_max_value", "max_output_tokens"),
+    (RESPONSES, {"max_output_tokens": 256}, 200, None, None),
+    (RESPONSES, {"input": LONG}, 400, "context_length_exceeded", "input"),
+    (RESPONSES, {"input": []}, 400, "empty_array", "input"),
+    (RESPONSES, {"input": 3}, 400, "invalid_type", "input"),
+    (RESPONSES, {"input": [{"role": "robot", "content": "a"}]}, 400, "invalid_value", r"input\[0\]\.role"),
+    (RESPONSES, {"temperature": 3}, 400, "decimal_above_max_value", "temperature"),
+    (RESPONSES, {"temperature": -1}, 400, "decimal_below_min_value", "temperature"),
+    (RESPONSES, {"logit_bias": {"999": 1}}, 400, "invalid_value", "logit_bias"),
+    (RESPONSES, {"text": {"format": {"type": "json_schema", "name": "a", "schema": BAD_SCHEMA}}}, 400, "invalid_json_schema",
+     r"text\.format\.schema"),
+    (MESSAGES, {"messages": [{"role": "user", "content": "a\0b"}]}, 200, None, None),
+    (MESSAGES, {"max_tokens": 4.0, "num_ctx": 1, "temperature": None, "top_p": 0}, 200, None, None),
+    (MESSAGES, {"max_tokens": "4"}, 400, None, "max_tokens"),
+    (MESSAGES, {"max_tokens": True}, 400, None, "max_tokens"),
+    (MESSAGES, {"max_tokens": 0}, 400, None, "max_tokens"),
+    (MESSAGES, {"max_tokens": -1}, 400, None, "max_tokens"),
+    (MESSAGES, {"max_tokens": 257}, 200, None, None),  # its clients make one up, see fields.py
+    (MESSAGES, {"messages": [{"role": "user", "content": LONG}]}, 400, None, "messages"),
+    (MESSAGES, {"messages": []}, 400, None, "messages"),
+    (MESSAGES, {"messages": "hi"}, 400, None, "messages"),
+    (MESSAGES, {"messages": [{"role": "robot", "content": "a"}]}, 400, None, None),
+    (MESSAGES, {"temperature": 3}, 400, None, "temperature"),
+    (MESSAGES, {"temperature": -1}, 400, None, "temperature"),
+    (MESSAGES, {"logit_bias": {"999": 1}}, 400, None, "logit_bias"),
+    (MESSAGES, {"stop_sequences": list("abcde")}, 400, None, "stop_sequences"),
+    (MESSAGES, {"output_config": {"format": {"type": "json_schema", "schema": BAD_SCHEMA}}}, 400, None, "#/properties/a"),
+]
+
+
+@pytest.mark.parametrize(("path", "fields", "status", "code", "param"), DIALECTS, ids=str)
+@pytest.mark.parametrize("stream", [False, True])
+def test_fields_of_the_other_two(server, path, fields, status, code, param, stream):
+    """Anthropic's envelope has no param: its message names the field."""
+    answer = server.raw("POST", path, {**GENERATING[path], **fields, "stream": stream})
+    if status == 200:
+        assert answer[0] == 200 and len(server.fake.requests) == 1, answer
+        return
+    check(answer, path, status, INVALID, code, param)
+    assert not server.fake.requests
+    if path == MESSAGES:
+        assert (param or "robot") in json.loads(answer[2])["error"]["message"]
+
+
+STRICT = {"name": "f", "strict": True, "parameters": BAD_SCHEMA}
+SCHEMAS = [
+    ("/v1/chat/completions", {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": BAD_SCHEMA}}}),
+    ("/v1/completions", {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": BAD_SCHEMA}}}),
+    ("/v1/chat/completions", {"tools": [{"type": "function", "function": STRICT}]}),
+    (RESPONSES, {"tools": [{"type": "function", **STRICT}]}),
+    (MESSAGES, {"tools": [{"name": "f", "strict": True, "input_schema": BAD_SCHEMA}]}),
+    (MESSAGES, {"structured_outputs": {"json": BAD_SCHEMA}}),
+]
+
+
+@pytest.mark.parametrize(("path", "fields"), SCHEMAS)
+def test_invalid_schemas_are_told_with_their_path(server, path, fields):
+    answer = server.raw("POST", path, {**GENERATING[path], **fields})
+    check(answer, path, 400, INVALID, "invalid_json_schema", ".+")
+    assert "#/properties/a/uniqueItems" in json.loads(answer[2])["error"]["message"]
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_request_ids_that_no_log_should_hold_are_replaced(server, path):
+    for given in ("x" * 5000, "a b", "\x80"):
+        status, headers, _ = server.raw("POST", path, POSTS[path], {**JSON, "x-request-id": given})
+        assert status == 200 and re.fullmatch("[!-~]{1,128}", headers["x-request-id"]) and headers["x-request-id"] != given
+
+
 def test_no_answer_is_a_422(server):
     for path, body in POSTS.items():
         for field in ("model", "messages", "prompt", "tokens", "input", "max_tokens", "temperature", "stop"):
