@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr
 
-from deployments.protocol.errors import bad_request
+from deployments.protocol.errors import bad_request, unsupported
 from deployments.protocol.requests import Message, check_continued, parse_fields
 from deployments.protocol.tools import Tools
 from deployments.protocol.values import TokenId, one_of_them
@@ -20,7 +20,7 @@ class TokenizeRequest(BaseModel):
     model: StrictStr = ""
     prompt: StrictStr | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
-    add_special_tokens: StrictBool = True
+    add_special_tokens: StrictBool = True  # of a prompt
     add_generation_prompt: StrictBool | None = None  # true unless the last message is continued
     continue_final_message: StrictBool = False
     chat_template_kwargs: dict[str, Any] = {}
@@ -45,6 +45,11 @@ def parse_tokenize(body: dict[str, Any]) -> tuple[TokenizeRequest, list[str]]:
     if (request.prompt is None) == (request.messages is None):
         raise bad_request("Send either 'prompt' or 'messages'.", param="prompt", code="missing_required_parameter")
     check_continued(request)
+    if request.messages is not None and "add_special_tokens" in request.model_fields_set and request.add_special_tokens:
+        raise unsupported("add_special_tokens", "The chat template writes special tokens where they belong: leave it out.")
+    for name in ("tools", "chat_template_kwargs", "add_generation_prompt"):
+        if request.prompt is not None and getattr(request, name):
+            raise bad_request(f"'{name}' is only allowed with 'messages': a prompt is tokenized as it is.", param=name)
     return request, unknown
 
 

@@ -1,6 +1,7 @@
 """/tokenize, /detokenize, /tokenizer_info; what the server says of itself: capabilities, OpenAPI, the page; aliases."""
 
 import json
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
@@ -58,6 +59,15 @@ def test_any_text_survives_the_round_trip(_server, text):
     ("/tokenize", {"messages": []}, 400, "messages"),
     ("/tokenize", {"messages": [{"role": "user"}]}, 400, "messages[0].content"),
     ("/tokenize", {"messages": MESSAGES, "chat_template_kwargs": {"tools": []}}, 400, "chat_template_kwargs"),
+    ("/tokenize", {"messages": MESSAGES, "add_special_tokens": True}, 400, "add_special_tokens"),
+    ("/tokenize", {"messages": MESSAGES, "chat_template": "x"}, 400, "chat_template"),
+    ("/tokenize", {"messages": MESSAGES, "tools": [{"type": "function"}]}, 400, "tools[0].function"),
+    ("/tokenize", {"messages": MESSAGES, "continue_final_message": True, "add_generation_prompt": True}, 400,
+     "continue_final_message"),
+    ("/tokenize", {"prompt": "a", "continue_final_message": True}, 400, "continue_final_message"),
+    ("/tokenize", {"prompt": "a", "add_generation_prompt": True}, 400, "add_generation_prompt"),
+    ("/tokenize", {"prompt": "a", "chat_template_kwargs": {"x": 1}}, 400, "chat_template_kwargs"),
+    ("/tokenize", {"prompt": "a", "tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
     ("/detokenize", {}, 400, "tokens"),
     ("/detokenize", {"tokens": [10**6]}, 400, "tokens"),
     ("/detokenize", {"tokens": [-1]}, 400, "tokens[0]"),
@@ -100,6 +110,31 @@ def test_a_last_message_that_is_continued_is_tokenised_so(server):
     assert bytes(tokens[-3:]) == b"zyx"
     status, _, answer = post(server, "/tokenize", {"messages": MESSAGES, "continue_final_message": True})
     assert (status, answer["error"]["param"]) == (400, "continue_final_message")
+
+
+CHATTY = (
+    "{{ mood }}{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}{% for m in messages %}{{ m.content }}|{% endfor %}"
+    "{% if add_generation_prompt %}>{% endif %}"
+)
+
+
+def test_whatever_renders_a_chat_renders_what_is_tokenised(fresh_server):
+    """Every field that says how messages are rendered says the same here and in chat, and changes what is rendered."""
+    server = fresh_server(template=CHATTY)
+    messages = [*MESSAGES, {"role": "assistant", "content": "zyx"}]
+    for generation, more, mood, tools in product((None, True, False), (True, False), (None, "sad"), (0, 2)):
+        functions = [{"type": "function", "function": {"name": f"f{i}"}} for i in range(tools)]
+        body = {"messages": messages, "add_generation_prompt": generation, "continue_final_message": more, "tools": functions,
+                "chat_template_kwargs": {} if mood is None else {"mood": mood}}  # fmt: skip
+        status, _, found = post(server, "/tokenize", body)
+        if generation and more:
+            assert status == 400
+            continue
+        expected = (mood or "") + "".join(f"[f{i}]" for i in range(tools)) + "Hello world!|zyx" + ("" if more else "|")
+        expected += ">" if generation or (generation is None and not more) else ""
+        assert post(server, "/detokenize", {"tokens": found["tokens"]})[2]["prompt"] == expected
+        assert post(server, "/v1/chat/completions", body)[0] == 200
+        assert server.fake.requests[-1].prompt_ids == found["tokens"]
 
 
 def test_load(server):
