@@ -6,7 +6,7 @@ import random
 import string
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from deployments.tools import hermes, llama3, mistral, pythonic
@@ -68,10 +68,15 @@ _SIGNS = {  # what only a template of that family says
 
 def choose(setting: ToolParser, tokenizer: Tokenizer) -> Family:
     """auto: by what the model's chat templates say; Hermes' form, which can be taught in a prompt, if they say nothing."""
-    if setting != "auto":
-        return FAMILIES[setting]
+    family = FAMILIES[_read_off(tokenizer) if setting == "auto" else setting]
+    if family.name == "mistral" and any(tokenizer.token_text(i) == mistral.ARGS for i in tokenizer.special_ids):
+        return replace(family, form=mistral.NEWER)
+    return family
+
+
+def _read_off(tokenizer: Tokenizer) -> str:
     text = "".join(tokenizer.chat_templates)
     for name, signs in _SIGNS.items():
         if any(sign in text for sign in signs):
-            return FAMILIES[name]
-    return FAMILIES["hermes"]
+            return name
+    return "hermes"

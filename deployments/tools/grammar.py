@@ -42,22 +42,23 @@ class Callable(Protocol):
 
 @dataclass(frozen=True)
 class Form:
-    """Calls as text: begin, then one or more of `open {"name": ..., key: {...}} close` with `between` in between, then end.
+    """Calls as text: begin, then one or more of head (with the name for %s), arguments and tail, `between` in between, then
+    end.
 
-    key: of the arguments; None: a call is `name(a=1, b="x")` instead.
+    keywords: arguments are written by name, a=1, b="x", and not as a JSON object.
     trigger: a beginning of all that, after which, in free text, a call must follow. Without it calls are the whole answer, and
     a text that is none of them does not begin with a character of `never`.
     control, below: the control tokens of the model, which a grammar makes it write where they are in these texts.
     """
 
-    key: str | None = "arguments"
-    open: str = ""
-    close: str = ""
+    head: str
+    tail: str
     begin: str = ""
     between: str = ""
     end: str = ""
     trigger: str = ""
     never: str = ""
+    keywords: bool = False
 
     def forced(self, functions: Iterable[Callable], *, several: bool, control: tuple[Control, ...] = ()) -> GrammarSpec:
         """Nothing but calls, or the only one. Raises RequestError for a strict schema that cannot be enforced."""
@@ -75,7 +76,7 @@ class Form:
     ) -> GrammarSpec:
         """Nothing but calls, or an answer of another form. Raises RequestError as `forced`; where one could be taken for the
         other, that is found when it is compiled."""
-        if not self.begin + self.open and answer.text == of_json_object(PARAM).text:
+        if (self.begin + self.head).startswith("{") and answer.text == of_json_object(PARAM).text:
             answer = of_object_apart("name", answer.param)
         return of_answer_or_calls(answer, self._block(functions, several, control), PARAM)
 
@@ -84,19 +85,15 @@ class Form:
         return tuple(self.begin + self._head(name) for name in names)
 
     def _block(self, functions: Iterable[Callable], several: bool, control: tuple[Control, ...]) -> Block:
-        keywords = self.key is None
-        close = (")" if keywords else "}") + self.close
-        calls = [Call(self._head(one.name), _schema(one, keywords), close, keywords) for one in functions]
+        calls = [Call(self._head(one.name), _schema(one, self.keywords), self.tail, self.keywords) for one in functions]
         return Block(tuple(calls), self.begin, self.between if several else None, self.end, control)
 
     def _head(self, name: str) -> str:
         """What stands before the arguments."""
-        if self.key is not None:
-            return f'{self.open}{{"name": "{name}", "{self.key}": '
-        if not _WORD.fullmatch(name):
+        if self.keywords and not _WORD.fullmatch(name):
             raise RequestError(f"this model's form of calls cannot name the function '{name}': begin with a letter or '_'",
                                param=PARAM, code="invalid_value")  # fmt: skip
-        return f"{self.open}{name}("
+        return self.head % name
 
 
 def check(function: Callable, param: str) -> None:

@@ -8,7 +8,7 @@ from deployments.tools.grammar import Form
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 TAGS = (OPEN, CLOSE)
-FORM = Form(open=OPEN + "\n", close="\n" + CLOSE, between="\n", trigger=OPEN)
+FORM = Form(OPEN + '\n{"name": "%s", "arguments": ', "}\n" + CLOSE, between="\n", trigger=OPEN)
 _BETWEEN = " \t\r\n,;[]}"  # a list of calls in one tag (SmolLM2), a brace too many
 
 

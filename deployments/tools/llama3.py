@@ -8,7 +8,7 @@ from deployments.tools.grammar import Form
 
 TAG = "<|python_tag|>"
 TAGS = (TAG,)
-FORM = Form(key="parameters", between="; ", trigger='{"name": ')
+FORM = Form('{"name": "%s", "parameters": ', "}", between="; ", trigger='{"name": ')
 _BETWEEN = " \t\r\n;,]}"
 
 

@@ -9,8 +9,10 @@ from deployments.tools.call_object import ArgumentsObject, CallObject
 from deployments.tools.grammar import Form
 
 OPEN = "[TOOL_CALLS]"
-TAGS = (OPEN, "[CALL_ID]", "[ARGS]")
-FORM = Form(begin=OPEN + "[", between=", ", end="]", trigger=OPEN)
+ARGS = "[ARGS]"
+TAGS = (OPEN, "[CALL_ID]", ARGS)
+FORM = Form('{"name": "%s", "arguments": ', "}", begin=OPEN + "[", between=", ", end="]", trigger=OPEN)
+NEWER = Form(OPEN + "%s" + ARGS, "", trigger=OPEN)
 _BETWEEN = " \t\r\n,;[]}"
 _HEAD = re.compile(r"([A-Za-z0-9_.-]{1,256})\s*(?:\[CALL_ID\][A-Za-z0-9]*)?\s*(?:\[ARGS\])?\s*(?=\{)")
 _HEAD_SO_FAR = re.compile(r"[A-Za-z0-9_.-]+\s*(?:\[[A-Za-z0-9_\]\[]*)?\s*")
@@ -19,6 +21,11 @@ _HEAD_LONGEST = 400
 
 class MistralParser(BaseParser):
     """What follows broken arguments belongs to them, up to the next tag."""
+
+    _takes_lists = True  # objects that follow a call
+
+    def expect_form(self) -> None:
+        self._takes_lists = False
 
     def _step(self) -> bool:
         if self._object is not None:
@@ -73,7 +80,8 @@ class MistralParser(BaseParser):
         return True
 
     def _read(self) -> bool:
+        follows = "list" if self._takes_lists or not isinstance(self._object, ArgumentsObject) else "text"
         event = self._read_object()
         if event == "ended":
-            self._state = "list"
+            self._state = follows
         return event != "more"

@@ -11,7 +11,7 @@ from deployments.tools.python_call import Brackets, arguments_of
 
 TAGS = ("<|python_tag|>", "<|python_start|>", "<|python_end|>")
 _BETWEEN = " \t\r\n,"
-FORM = Form(key=None, begin="[", between=", ", end="]", never=_BETWEEN + "[<")  # "<": of a tag
+FORM = Form("%s(", ")", begin="[", between=", ", end="]", never=_BETWEEN + "[<", keywords=True)  # "<": of a tag
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _LONGEST_NAME = 128
 

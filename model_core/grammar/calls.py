@@ -37,7 +37,8 @@ class Block:
 
     Hermes: Call('<tool_call>\\n{"name": "f", "arguments": ', schema, "}\\n</tool_call>"), between="\\n".
     Llama 3: Call('{"name": "f", "parameters": ', schema, "}"), between="; ".
-    Mistral: Call('{"name": "f", "arguments": ', schema, "}"), begin="[TOOL_CALLS][", between=", ", end="]".
+    Mistral: Call('{"name": "f", "arguments": ', schema, "}"), begin="[TOOL_CALLS][", between=", ", end="]";
+    since 2025: Call("[TOOL_CALLS]f[ARGS]", schema, ""), between="".
     Pythonic: Call("f(", schema, ")", keywords=True), begin="[", between=", ", end="]".
     """
 

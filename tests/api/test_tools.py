@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deployments.tools import mistral
 from tests.grammar.walks import accepts, compiled
 
 WEATHER = {"name": "get_weather", "description": "The weather.", "parameters": {
@@ -240,6 +241,11 @@ def test_a_grammar_of_tags_that_are_control_tokens(fresh_server, fields):
     assert calls(choice.message) == [("get_weather", '{"city": "Paris"}')] and choice.message.content is None
     grammar = compiled(server.fake.requests[-1].params.grammar)
     assert accepts(grammar, open_id, inside, close_id) and not accepts(grammar, PARIS)
+
+
+def test_mistrals_form_is_that_of_its_control_tokens(fresh_server):
+    for special, form in (((), mistral.FORM), (("[TOOL_CALLS]",), mistral.FORM), (("[TOOL_CALLS]", "[ARGS]"), mistral.NEWER)):
+        assert fresh_server(special=special, tool_parser="mistral").app.state.service.calls.form is form
 
 
 def test_a_strict_schema_that_cannot_be_enforced(roomy):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from jsonschema import Draft202012Validator
 
 from deployments.protocol.tools import Function
+from deployments.tools import mistral
 from deployments.tools.family import FAMILIES
 from deployments.tools.grammar import check
 from deployments.tools.pieces import Call, joined
@@ -27,7 +29,8 @@ CONTROL = {
     "llama3": (Control(SPECIAL, "<|python_tag|>"),),
     "pythonic": (Control(SPECIAL, "<|python_start|>"),),
 }
-ALL = [(name, control) for name in FAMILIES for control in ((), CONTROL[name])]
+NEWER = replace(FAMILIES["mistral"], form=mistral.NEWER)
+ALL = [(one, control) for name, one in FAMILIES.items() for control in ((), CONTROL[name])] + [(NEWER, CONTROL["mistral"])]
 F, G = '{"name": "f", "arguments": {"a": 1}}', '{"name": "g", "arguments": {}}'
 
 
@@ -38,7 +41,7 @@ def walk(family, control, spec, *, either=False, begin=""):
     for seed in range(12):
         text, is_whole = write(grammar, seed, begin=begin, shown=shown)
         if is_whole:
-            parser = FAMILIES[family].parser(frozenset(SCHEMAS), hidden, guided=True, either=either)
+            parser = family.parser(frozenset(SCHEMAS), hidden, guided=True, either=either)
             yield text, joined([*parser.feed(text.decode("utf-8", "replace")), *parser.finish()])
 
 
@@ -48,11 +51,11 @@ def check_calls(blocks, functions=SCHEMAS):
         Draft202012Validator(functions[call.name]).validate(json.loads(call.arguments))
 
 
-@pytest.mark.parametrize(("family", "control"), ALL)
+@pytest.mark.parametrize(("family", "control"), ALL, ids=lambda one: getattr(one, "name", ""))
 @pytest.mark.parametrize("several", [False, True])
 def test_forced_calls_always_parse(family, control, several):
     ended = 0
-    for text, blocks in walk(family, control, FAMILIES[family].form.forced(FUNCTIONS, several=several, control=control)):
+    for text, blocks in walk(family, control, family.form.forced(FUNCTIONS, several=several, control=control)):
         assert all(isinstance(call, Call) for call in blocks) and blocks, text
         assert several or len(blocks) == 1
         check_calls(blocks)
@@ -60,13 +63,13 @@ def test_forced_calls_always_parse(family, control, several):
     assert ended >= 4
 
 
-@pytest.mark.parametrize(("family", "control"), ALL)
+@pytest.mark.parametrize(("family", "control"), ALL, ids=lambda one: getattr(one, "name", ""))
 def test_what_is_read_as_a_call_in_free_text_is_as_it_should_be(family, control):
     begins = {"hermes": "Hm. <tool_call>", "mistral": "Hm. [TOOL_CALLS]", "llama3": 'Hm. {"name": ', "pythonic": "["}
     ended = called = 0
     for several in (False, True):
-        spec = FAMILIES[family].form.free(FUNCTIONS, several=several, control=control)
-        for begin in ("", begins[family] if not spec.marks else "Hm."):
+        spec = family.form.free(FUNCTIONS, several=several, control=control)
+        for begin in ("", begins[family.name] if not spec.marks else "Hm."):
             for _, blocks in walk(family, control, spec, begin=begin):
                 found = [block for block in blocks if isinstance(block, Call)]
                 check_calls(found)
@@ -86,11 +89,11 @@ def test_what_the_grammar_takes_for_text_is_not_read_as_a_call(text):
         assert isinstance(joined([*parser.feed(text), *parser.finish()])[0], found)
 
 
-@pytest.mark.parametrize(("family", "control"), ALL)
+@pytest.mark.parametrize(("family", "control"), ALL, ids=lambda one: getattr(one, "name", ""))
 @pytest.mark.parametrize("answer", [of_json_object("x"), of_schema(OBJECT, "x")], ids=["any", "schema"])
 def test_calls_or_an_answer_of_a_form(family, control, answer):
-    spec = FAMILIES[family].form.beside(answer, FUNCTIONS, several=True, control=control)
-    call = FAMILIES[family].form.beginnings(["f"])[0]
+    spec = family.form.beside(answer, FUNCTIONS, several=True, control=control)
+    call = family.form.beginnings(["f"])[0]
     kinds = set()
     for begin in ("", "{") if spec.marks else ("{", call):
         for text, blocks in walk(family, control, spec, either=True, begin=begin):
@@ -117,10 +120,11 @@ def test_an_answer_full_of_calls_is_still_an_answer(family):
     ("hermes", f"<tool_call>\n{F}\n</tool_call>", f"<tool_call>\n{F}\n</tool_call>\n<tool_call>\n{G}\n</tool_call>"),
     ("llama3", F.replace("arguments", "parameters"), f"{F}; {G}".replace("arguments", "parameters")),
     ("mistral", f"[TOOL_CALLS][{F}]", f"[TOOL_CALLS][{F}, {G}]"),
+    ("newer", '[TOOL_CALLS]f[ARGS]{"a": 1}', '[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]g[ARGS]{}'),
     ("pythonic", "[f(a=1)]", "[f(a=1), g()]"),
 ])  # fmt: skip
 def test_they_have_the_familys_form(family, one, two):
-    form = FAMILIES[family].form
+    form = (NEWER if family == "newer" else FAMILIES[family]).form
     single, several = (compiled(form.forced(FUNCTIONS, several=several)) for several in (False, True))
     assert accepts(single, one) and accepts(several, one) and accepts(several, two) and not accepts(single, two)
     assert not accepts(several, "") and not accepts(several, "Well, " + one)
