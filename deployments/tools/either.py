@@ -27,6 +27,7 @@ class EitherParser:
         return self._calls.feed(text) if self._is_call else [text] if text else []
 
     def finish(self) -> list[Piece]:
-        if self._is_call:
-            return self._calls.finish()
-        return [self._buffer] if self._buffer else []
+        if self._is_call is False:
+            return []
+        text, self._buffer = self._buffer, ""  # not decided: the parser knows what of a call's beginning nobody may see
+        return [*(self._calls.feed(text) if text else []), *self._calls.finish()]

@@ -116,6 +116,19 @@ def test_an_answer_full_of_calls_is_still_an_answer(family):
         assert joined([*pieces, *parser.finish()]) == [text]
 
 
+@pytest.mark.parametrize(("family", "control"), ALL, ids=lambda one: getattr(one, "name", ""))
+def test_a_cut_beginning_is_content_but_for_control_tokens(family, control):
+    hidden = frozenset(one.text for one in control)
+    beginning = family.form.beginnings(["f"])[0]
+    for size in range(1, len(beginning)):
+        parser = family.parser(frozenset(SCHEMAS), hidden, guided=True, either=True)
+        shown = beginning[:size]
+        found = joined([*parser.feed(shown), *parser.finish()])
+        for tag in hidden:
+            shown = shown.replace(tag, "")
+        assert found == ([shown] if shown else [])
+
+
 @pytest.mark.parametrize(("family", "one", "two"), [
     ("hermes", f"<tool_call>\n{F}\n</tool_call>", f"<tool_call>\n{F}\n</tool_call>\n<tool_call>\n{G}\n</tool_call>"),
     ("llama3", F.replace("arguments", "parameters"), f"{F}; {G}".replace("arguments", "parameters")),
