@@ -48,7 +48,7 @@ async def plan_calls(service: Service, request: ChatRequest) -> CallPlan | None:
     if not tools.must_call and answer is None and not any(function.strict for function in tools.functions):
         return CallPlan(tools)
     if answer is not None and request.structured_outputs is not None and request.structured_outputs.grammar_ is not None:
-        words = "An answer cannot have a grammar of the client's own, or tools to call: nobody could tell calls from the rest."
+        words = "Beside a grammar of the client's own no tools can be called: nobody could tell calls from the rest."
         raise unsupported(answer.param, f"{words} Use json, regex or choice, or a tool_choice of 'none' or 'required'.")
 
     size = sum(len(str(function.parameters)) for function in tools.functions)
