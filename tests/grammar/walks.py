@@ -69,7 +69,7 @@ def by_bytes(grammar: Compiled, output: list[int]) -> set[int]:
     """What `allowed` should say, but for the stop token: tokens whose bytes can follow one by one, which asks no mask."""
     matcher = Matcher(grammar, frozenset([STOP]))
     matcher.follow(output)
-    found, inner = set(), matcher._matcher
+    found, inner = set(), matcher.native
     for token, word in enumerate(VOCABULARY.tokens):
         taken = sum(1 for _ in takewhile(lambda byte: inner.accept_token(byte, False), word))
         if taken:
