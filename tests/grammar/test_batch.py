@@ -9,11 +9,14 @@ import pytest
 
 from model_core.grammar import batch, matcher
 from model_core.grammar.batch import MaskFiller
+from model_core.grammar.calls import Block, Call, Control, of_calls
 from model_core.grammar.matcher import Matcher
 from model_core.grammar.spec import of_json_object, of_regex
-from tests.grammar.walks import STOP, VOCABULARY, compiled
+from tests.grammar.walks import SPECIAL, STOP, VOCABULARY, compiled
 
-GRAMMARS = [compiled(spec) for spec in (of_json_object("x"), of_regex("[a-c]{2,9}x*", "x"), of_regex(r"\\d+", "x"))]
+CALLS = of_calls(Block((Call("<call>", {"type": "object"}, ""),), between="", control=(Control(SPECIAL, "<call>"),)), "x")
+SPECS = (of_json_object("x"), of_regex("[a-c]{2,9}x*", "x"), of_regex(r"\\d+", "x"), CALLS)
+GRAMMARS = [compiled(spec) for spec in SPECS]
 PROMPT = [5, 6, 7]
 
 
@@ -22,7 +25,7 @@ class Walk:
 
     def __init__(self, number: int) -> None:
         self.chance, stops = random.Random(number), frozenset((STOP, ord("c")) if number % 2 else (STOP,))
-        self.matcher, self.alone = (Matcher(GRAMMARS[number % 3], stops) for _ in range(2))
+        self.matcher, self.alone = (Matcher(GRAMMARS[number % 4], stops) for _ in range(2))
         self.tokens = list(PROMPT)
 
     def mask(self) -> np.ndarray:
