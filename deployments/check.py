@@ -79,6 +79,10 @@ def check(path: Path) -> Iterator[Finding]:
     names = ", ".join(f"{application.name} ({application.import_path})" for application, _ in applications)
     yield Finding("configuration", "ok", f"{path}: {names}")
     yield from _check_ports(config)
+    if config.http_options.request_timeout_s is not None:
+        yield Finding("deadlines", "note", f"http_options.request_timeout_s is {config.http_options.request_timeout_s:g}: Ray "
+                                           "Serve cuts streams then, without a word; limits.request_timeout_s ends them with "
+                                           "an error")  # fmt: skip
     yield from _check_access(config, [args for _, args in applications if isinstance(args, AppArgs)])
     for application, args in applications:
         if isinstance(args, AppArgs):

@@ -79,15 +79,15 @@ def rate_limited(message: str, retry_after_s: int) -> ApiError:
 
 
 def overloaded(message: str, retry_after_s: int) -> ApiError:
-    return _unavailable(message, "engine_overloaded", retry_after_s)
+    return unavailable(message, "engine_overloaded", retry_after_s)
 
 
 def draining(retry_after_s: int = 5) -> ApiError:
-    return _unavailable("The server is shutting down and takes no new requests.", "draining", retry_after_s)
+    return unavailable("The server is shutting down and takes no new requests.", "draining", retry_after_s)
 
 
 def loading(retry_after_s: int = 2) -> ApiError:
-    return _unavailable("The model is loading; try again shortly.", "model_loading", retry_after_s)
+    return unavailable("The model is loading; try again shortly.", "model_loading", retry_after_s)
 
 
 def replica_lost(started: bool) -> ApiError:
@@ -124,6 +124,6 @@ def internal_error() -> ApiError:
     return ApiError(500, "The server had an error while processing your request.", type="server_error")
 
 
-def _unavailable(message: str, code: str, retry_after_s: int) -> ApiError:
+def unavailable(message: str, code: str, retry_after_s: int) -> ApiError:
     headers = {"retry-after": str(retry_after_s)}
     return ApiError(503, message, type="service_unavailable", code=code, headers=headers)

@@ -150,8 +150,6 @@ def ask(server: Server, method: str, path: str, body: bytes | None = None) -> tu
 
 
 def test_errors_that_pass_the_proxy_have_our_envelope(server):
-    """HAProxy itself answers what is no HTTP request to it, as one with a head of more than 16 kB (400, HTML); Serve's own
-    deadline, the header x-request-timeout-seconds, is a 408 in bare text. Neither can be changed from here."""
     for prefix in PREFIX.values():
         for method, path, body, status, code in [
             ("GET", "/nowhere", None, 404, "unknown_url"), ("DELETE", "/v1/models", None, 405, "method_not_allowed"),
@@ -162,6 +160,42 @@ def test_errors_that_pass_the_proxy_have_our_envelope(server):
             assert (found, json.loads(raw)["error"]["code"]) == (status, code) and headers["x-request-id"]
     status, _, raw = ask(server, "POST", "/twinned/v1/completions", b"{}")  # of the application at /, not of the one at /twin
     assert status == 404 and json.loads(raw)["error"]["code"] == "unknown_url"
+
+
+def raw(server: Server, request: bytes) -> tuple[bytes, bytes]:
+    """Head and body of the answer to what no client library would send."""
+    with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
+        connection.sendall(request)
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+    head, _, rest = answer.partition(b"\r\n\r\n")
+    return head, rest
+
+
+def test_what_uvicorn_and_serve_say_is_in_our_envelope_and_haproxys_words_are_those_of_the_readme(server):
+    head, told = raw(server, b"BREW /v1/models HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400") and json.loads(told)["error"]["code"] == "invalid_http"
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    connection.request("GET", "/v1/realtime", headers={
+        "upgrade": "websocket", "connection": "upgrade", "sec-websocket-version": "13",
+        "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ=="})  # fmt: skip
+    answer = connection.getresponse()
+    assert answer.status == 400 and json.loads(answer.read())["error"]["code"] == "websocket_unsupported"
+    connection.close()
+    deadline = b"x-request-timeout-seconds: 0.2\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    for prefix in PREFIX.values():
+        request = body(500)
+        post = f"POST {prefix}/v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {len(request)}\r\n".encode()
+        head, told = raw(server, post + deadline + b"\r\n" + request)
+        assert head.startswith(b"HTTP/1.1 200") and b'"code":"deadline_exceeded"' in told and b"[DONE]" in told
+    readme = (ROOT / "README.md").read_text()
+    for request in (b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nhost: a\r\nx: " + b"x" * 15360 + b"\r\n\r\n",
+                    b"POST / HTTP/1.1\r\nhost: a\r\nconnection: close\r\ntransfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+                    b"OPTIONS * HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n"):  # fmt: skip
+        head, told = raw(server, request)
+        words = told.decode().replace("\n", "↵").replace("Path ''", "Path 'PATH'")
+        assert f"`{words}`" in readme and head.split()[1].decode() in ("400", "422", "404"), (head, words)
 
 
 def test_a_killed_http_replica_is_told_in_our_envelope_and_then_waited_for(server):

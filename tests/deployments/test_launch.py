@@ -110,12 +110,14 @@ def test_ports_in_use_are_named_with_the_setting_that_moves_them(write, offline)
     ]
 
 
-def test_an_open_door_and_flags_set_in_one_place_alone_are_noted(write, offline):
+def test_an_open_door_a_deadline_that_cuts_and_flags_set_in_one_place_alone_are_noted(write, offline):
     def change(config, application):
         config["http_options"]["host"] = "0.0.0.0"
+        config["http_options"]["request_timeout_s"] = 60
         application["runtime_env"]["env_vars"].pop("RAY_SERVE_THROUGHPUT_OPTIMIZED")
 
     found = findings(write(change))
+    assert found["deadlines"][0] == "note" and "limits.request_timeout_s" in found["deadlines"][1]
     assert found["access"][0] == "note" and "no authentication" in found["access"][1]
     assert found["flags"][0] == "note" and "RAY_SERVE_THROUGHPUT_OPTIMIZED" in found["flags"][1]
 
