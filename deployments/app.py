@@ -26,6 +26,7 @@ log = logging.getLogger("mini_llm.app")
 MAX_ONGOING = 4096  # Serve's own default of 5 would starve the batch; the real limits are the gate's and the replica's
 HEALTH_PERIOD_S = 2.0  # three bad answers replace a replica: 6 s after its engine died
 HEALTH_TIMEOUT_S = 30.0
+FAREWELL_S = 10.0  # so much longer than a model replica an HTTP replica may take to stop: it tells clients of the other's end
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def bind(args: AppArgs, placement: Placement, spec: ReplicaSpec, load: Loader) -
         name="Api",
         num_replicas=placement.api_replicas,
         ray_actor_options={"num_cpus": 0.5},
-        graceful_shutdown_timeout_s=args.drain_timeout_s,
+        graceful_shutdown_timeout_s=args.drain_timeout_s + FAREWELL_S,
         graceful_shutdown_wait_loop_s=0.5,
     )
     return api.bind(model.bind(spec, load), args, spec.local)

@@ -37,8 +37,14 @@ class Api:
         # Serve's proxies put x-request-id on every response themselves; twice, clients would read "a, a"
         args = self._args
         tracer = None if args.tracing is None else open_tracer(args.tracing)
-        return create_app(transport, self._tokenizer, args.limits, args.access, tracer=tracer, tag_responses=False,
-                          tool_parser=args.tool_parser)  # fmt: skip
+        app = create_app(transport, self._tokenizer, args.limits, args.access, tracer=tracer, tag_responses=False,
+                         tool_parser=args.tool_parser)  # fmt: skip
+        self._service = app.state.service
+        return app
+
+    async def stop(self, grace_s: float) -> None:
+        """The launcher's farewell: Serve kills its proxy first, and with it every stream."""
+        await self._service.stop(grace_s)
 
 
 def open_transport(kind: str, model: DeploymentHandle) -> Transport:

@@ -33,8 +33,10 @@ if TYPE_CHECKING:
 STARTING_POLL_S = 0.3
 RUNNING_POLL_S = 2.0
 ANSWER_S = 30.0  # from "the application runs" to an answer through the proxy; seen: 0.5 to 3 s
-# Serve waits for running requests when it stops; whoever presses Ctrl-C does not want to. Without any it takes 2 to 4 s,
-# and Ray's own end two more.
+# Whoever presses Ctrl-C does not want to wait: running requests get GRACE_S to end by themselves. Serve's shutdown takes 2 to
+# 4 s, and Ray's own end two more.
+GRACE_S = 1.0
+FAREWELL_S = 3.0  # until the HTTP replicas have told their clients
 SHUTDOWN_S = 4.0
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 _FRAME = re.compile(r'^\s+File ".*", line \d+')
@@ -193,16 +195,26 @@ def _announce(config: ServeDeploySchema, dashboard: str | None, seconds: float) 
 
 
 def _stop() -> None:
-    """Serve first, so that replicas end in order; then Ray, if it is ours, with whatever is left."""
+    """Requests first, then Serve, so that replicas end in order; then Ray, if it is ours, with whatever is left."""
     import ray
     from ray import serve
 
     _say("stopping")
-    thread = threading.Thread(target=lambda: _quietly(serve.shutdown), daemon=True)
-    thread.start()
     with suppress(KeyboardInterrupt):  # a second Ctrl-C: no more patience
-        thread.join(SHUTDOWN_S)
+        for work, seconds in ((_end_requests, FAREWELL_S), (serve.shutdown, SHUTDOWN_S)):
+            thread = threading.Thread(target=_quietly, args=(work,), daemon=True)
+            thread.start()
+            thread.join(seconds)
     ray.shutdown()
+
+
+def _end_requests() -> None:
+    """Streams end whole, or with an error in our envelope: Serve would cut them."""
+    from ray import serve
+
+    calls = [serve.get_app_handle(name).broadcast("stop", GRACE_S) for name in serve.status().applications]
+    for call in calls:
+        call.results(timeout_s=FAREWELL_S, return_exceptions=True)
 
 
 def print_worker_lines(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:

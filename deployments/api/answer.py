@@ -66,7 +66,7 @@ class Answer:
         with service.gate.hold(count):
             self._count()
             try:
-                await supervise(self._produce(scope, send), receive, self, service.limits, own)
+                await supervise(self._produce(scope, send), receive, self, service.limits, service.stopping, own)
             except ApiError as error:
                 is_fault = error.type == "server_error" or error.code == "replica_lost"
                 self._unfinished = "error" if is_fault else "abort"

@@ -46,12 +46,22 @@ class Service:
         self.created = int(time.time())
         self.metrics = Metrics()
         self.gate = Gate(self._capacity, limits.max_queued_requests)
+        self.stopping = asyncio.Event()  # set: whatever still runs ends now, with an error
         # text work only; two threads keep one long prompt from delaying the next, and leave the GIL to the event loop
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
         self._info: EngineInfo | None = None
         self._fingerprint = ""
         # every token has at most this many bytes, so a text of B bytes has at least B / longest tokens
         self._longest_token = max((len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)), default=1) or 1
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no new requests; those that still run after grace_s end with an error. Returns when none is left."""
+        self.gate.drain()
+        end = time.monotonic() + grace_s
+        while self.gate.active:
+            if time.monotonic() >= end:
+                self.stopping.set()
+            await asyncio.sleep(0.02)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 from starlette.types import Scope
 
 from deployments.protocol.body import ClientGone
-from deployments.protocol.errors import bad_request, idle_too_long, overloaded, timed_out
+from deployments.protocol.errors import bad_request, idle_too_long, overloaded, shut_down, timed_out
 from deployments.protocol.limits import Limits
 
 T = TypeVar("T")
@@ -48,18 +48,21 @@ async def supervise(
     receive: Callable[[], Awaitable[Any]],
     progress: Progress,
     limits: Limits,
+    stopping: asyncio.Event,
     own_timeout_s: float | None = None,
 ) -> T:
     """The work's result. The work is cancelled, and has ended, when this raises:
 
     ClientGone when the client closed the connection or read nothing for reader_timeout_s; ApiError 503 when no token
-    came within queue_timeout_s; 408 or 504 when request_timeout_s, the request's own timeout, or idle_timeout_s passed.
+    came within queue_timeout_s, or when `stopping` is set; 408 or 504 when request_timeout_s, the request's own timeout, or
+    idle_timeout_s passed.
     `receive` is the ASGI callable with the request's body already read.
     """
     begun = time.perf_counter()
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(receive))
-    both = {task, gone}
+    stopped = asyncio.ensure_future(stopping.wait())
+    all_three = {task, gone, stopped}
     # pauses begin at any time, so that their deadlines are not known when a wait begins
     pauses = [seconds for seconds in (limits.reader_timeout_s, limits.idle_timeout_s) if seconds is not None]
     look = min(pauses, default=None)
@@ -72,15 +75,16 @@ async def supervise(
             waits = [] if due is None else [due - now]
             if look is not None:
                 waits.append(look / LOOKS)
-            done, _ = await asyncio.wait(both, timeout=min(waits, default=None), return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(all_three, timeout=min(waits, default=None), return_when=asyncio.FIRST_COMPLETED)
             if task in done:
                 return task.result()
             if done:
-                raise ClientGone
+                raise ClientGone if gone in done else shut_down()
     finally:
         task.cancel()
         gone.cancel()
-        await asyncio.wait(both)  # the engine has been told to stop before the request counts as over
+        stopped.cancel()
+        await asyncio.wait(all_three)  # the engine has been told to stop before the request counts as over
         if not task.cancelled():
             task.exception()  # marks it as retrieved when a deadline or the client was first
 

@@ -86,6 +86,11 @@ def draining(retry_after_s: int = 5) -> ApiError:
     return unavailable("The server is shutting down and takes no new requests.", "draining", retry_after_s)
 
 
+def shut_down() -> ApiError:
+    """Of a request that was running."""
+    return unavailable("The server is shutting down and has ended this request.", "draining", 5)
+
+
 def loading(retry_after_s: int = 2) -> ApiError:
     return unavailable("The model is loading; try again shortly.", "model_loading", retry_after_s)
 

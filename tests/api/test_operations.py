@@ -160,6 +160,33 @@ def test_draining(fresh_server):
     assert answers[0][0] == 200
 
 
+def test_stopping_ends_what_still_runs_after_its_grace(fresh_server):
+    server = fresh_server()
+    server.fake.delay = 0.05
+    answers = {}
+
+    def ask(name, tokens, stream):
+        server.fake.script = endless
+        body = {"messages": MESSAGES, "max_tokens": tokens, "stream": stream}
+        answers[name] = server.raw("POST", "/v1/chat/completions", body)
+
+    asks = [("short", 4, True), ("long", 200, True), ("whole", 200, False)]
+    threads = [threading.Thread(target=ask, args=args) for args in asks]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(server.fake.running) == 3 and server.fake.produced > 5)
+    service, loop = server.app.state.service, server._server.servers[0].get_loop()
+    asyncio.run_coroutine_threadsafe(service.stop(grace_s=0.5), loop).result(5)
+    assert not server.gate.active and not server.fake.running
+    for thread in threads:
+        thread.join()
+    assert server.events(answers["short"][2])[-2]["choices"][0]["finish_reason"] == "length"
+    error, done = server.events(answers["long"][2])[-2:]
+    assert error["error"]["code"] == "draining" and done == "[DONE]"
+    status, headers, raw = answers["whole"]
+    assert (status, json.loads(raw)["error"]["code"], headers["retry-after"]) == (503, "draining", "5")
+
+
 def test_queue_timeout(server):
     server.fake.first_delay = 30
     server.limits.queue_timeout_s = 0.05

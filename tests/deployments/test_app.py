@@ -42,7 +42,7 @@ def two_applications(config: dict) -> None:
 
 @pytest.fixture(scope="module")
 def server(smollm2_dir) -> Iterator[Server]:
-    args = {"model": str(smollm2_dir), "step_ms": 20, "fallback": None}
+    args = {"model": str(smollm2_dir), "step_ms": 20, "fallback": None, "drain_timeout_s": 2}
     with serving(args, import_path="benchmarks.fake_engine:build", edit=two_applications, command=LAUNCHER) as running:
         running.wait_until(lambda: "[serve] ready after" in running.log.read_text(), 60)
         yield running
@@ -247,13 +247,43 @@ def test_a_killed_replica_gives_its_clients_an_error_event_and_comes_back(server
     assert list(stream(server, app, 5))[-1] == {"done": True}
 
 
-def test_terminate_stops_everything_in_under_10_s_even_with_open_streams(server):
+_DEPLOY = """
+import sys, ray, yaml
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
+ray.init(address=sys.argv[1], namespace="serve", log_to_driver=False, configure_logging=False)
+_get_global_client().deploy_apps(ServeDeploySchema.model_validate(yaml.safe_load(sys.stdin.read())))
+"""
+
+
+def test_a_new_configuration_lets_streams_end_and_tells_those_that_take_too_long(server):
+    path = server.ray_dir / "serve_config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["applications"][1]["args"]["step_ms"] = 19
+    before = server.pids("ray::ServeReplica:twin")
+    short, long = stream(server, "twin", 60), stream(server, "twin", 5000)
+    for events in (short, long):
+        next(events)
+    deploying = server.watch(_DEPLOY)
+    deploying.communicate(yaml.safe_dump(config), timeout=30)
+    *_, last, done = short
+    assert last["choices"][0]["finish_reason"] == "length" and done == {"done": True}
+    *_, last, done = long
+    assert last["error"]["code"] == "replica_lost" and done == {"done": True}
+    server.wait_until(lambda: not {*before} & {*server.pids("ray::ServeReplica:twin")}, 60)
+    server.wait_until(lambda: server.get("/twin/ready")[0] == 200, 60)
+
+
+def test_terminate_stops_everything_in_under_10_s_and_tells_open_streams(server):
     """Last of the cluster: it ends the server."""
     open_streams = [stream(server, app, 5000) for app in PREFIX for _ in range(3)]
     for events in open_streams:
         next(events)
     began = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
+    for events in open_streams:
+        *_, last, done = events
+        assert last["error"]["code"] == "draining" and done == {"done": True}
     server.process.wait(30)
     assert time.monotonic() - began < 10
     assert server.process.returncode == 0
