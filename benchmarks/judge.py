@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import jsonschema
+
+from benchmarks import forms
 from benchmarks.exchange import Reply
 from benchmarks.traffic import Ask
 
@@ -13,21 +16,27 @@ class Malformed(AssertionError):
     """What is wrong with an answer."""
 
 
-def judge(ask: Ask, reply: Reply) -> None:
-    """Raises Malformed."""
+def judge(ask: Ask, reply: Reply) -> int:
+    """How many outputs had the form that was asked for, to their end. Raises Malformed."""
+    formed = 0
     try:
         assert reply.status in ask.statuses, f"status {reply.status}"
         assert reply.header("x-request-id"), "no x-request-id"
         if reply.status >= 400:
             _error(ask, reply)
+        elif ask.form is not None:
+            formed = _formed(ask, reply)
+        elif ask.kind == "deadline" and ask.fields.get("stream"):
+            _hasty(ask, reply)
         elif ask.fields.get("stream"):
             assert reply.header("content-type") == "text/event-stream; charset=utf-8", reply.header("content-type")
             _STREAMS.get(ask.path.rpartition("/")[2], _chunks)(ask, _events(reply.body))
         else:
             assert reply.header("content-type") == "application/json", reply.header("content-type")
             _BODIES[ask.path.rpartition("/")[2]](ask, json.loads(reply.body))
-    except (AssertionError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (AssertionError, ValueError, KeyError, IndexError, TypeError, jsonschema.ValidationError) as error:
         raise Malformed(f"{type(error).__name__}: {error}; answer {reply.status} {reply.body[:2000]!r}") from error
+    return formed
 
 
 def _error(ask: Ask, reply: Reply) -> None:
@@ -41,6 +50,36 @@ def _error(ask: Ask, reply: Reply) -> None:
         assert isinstance(error["code"], str | None) and isinstance(error["param"], str | None)
     assert (reply.header("retry-after") is not None) == (reply.status in (429, 503))
     assert (reply.header("allow") is not None) == (reply.status == 405)
+    if reply.status == 429:
+        assert error["type"] == "rate_limit_error" and int(reply.header("retry-after") or 0) >= 1
+    if reply.status == 401:
+        assert error["code"] == "invalid_api_key" and reply.header("www-authenticate") == "Bearer"
+    if reply.status in (408, 504):
+        assert error["type"] == "timeout" and reply.header("x-should-retry") == "false"
+
+
+def _formed(ask: Ask, reply: Reply) -> int:
+    assert ask.form is not None
+    if ask.fields.get("stream"):
+        found = forms.streamed(ask.path, _events(reply.body))
+    else:
+        found = forms.outputs(ask.path, json.loads(reply.body))
+    assert len(found) == ask.fields.get("n", 1)
+    for output in found:
+        forms.check(ask.form, output)
+    return sum(output.ended for output in found)
+
+
+def _hasty(ask: Ask, reply: Reply) -> None:
+    """Whole, or ended by the deadline's error event."""
+    head, mark, rest = reply.body.rpartition(b'data: {"error":')
+    if not mark:
+        _chunks(ask, _events(reply.body))
+        return
+    told, done, _ = (mark + rest).decode().split("\n\n")
+    error = json.loads(told[6:])["error"]
+    assert done == "data: [DONE]" and error.keys() == {"message", "type", "param", "code"}
+    assert error["code"] in ("deadline_exceeded", "request_timeout") and (not head or _events(head))
 
 
 def _events(raw: bytes) -> list[Any]:

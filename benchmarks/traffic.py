@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from benchmarks import forms
 
 SEQUENCES = 4  # at most so many in one request
 MANNERS = ("read", "read", "read", "read", "slow", "leave", "leave", "reset")
@@ -24,7 +26,8 @@ class Ask:
     """One request. body: as sent; fields: what it asks for, if it is a good one. statuses: those that may answer it.
 
     manner: read (all of the answer), slow (all, in sips), leave (close after some bytes) or reset (the same by a TCP reset);
-    patience: how many bytes until a client leaves, below 0: it does so with so many bytes of the request unsent.
+    patience: how many bytes until a client leaves, below 0: it does so with so many bytes of the request unsent. key: of the
+    API; form: of the answer.
     """
 
     kind: str
@@ -36,6 +39,9 @@ class Ask:
     content_type: str = "application/json"
     manner: str = "read"
     patience: int = 0
+    headers: tuple[tuple[str, str], ...] = ()
+    key: str | None = None
+    form: forms.Form | None = None
 
     @property
     def good(self) -> bool:
@@ -51,19 +57,25 @@ class Ask:
         lines = [f"{self.method} {self.path} HTTP/1.1", "host: 127.0.0.1", "connection: close"]
         if self.body:
             lines += [f"content-type: {self.content_type}", f"content-length: {len(self.body)}"]
+        if self.key is not None:
+            lines.append(f"authorization: Bearer {self.key}")
+        lines += [f"{name}: {value}" for name, value in self.headers]
         return "\r\n".join(lines).encode() + b"\r\n\r\n"
 
 
 class Traffic:
-    """The same seed makes the same requests. vocab_size, context: of the served model; max_body: the server's limit, bytes."""
+    """The same seed makes the same requests. vocab_size, context: of the served model; max_body: the server's limit, bytes;
+    keys: of a server that wants one, first one without limits, then some with."""
 
-    def __init__(self, seed: int, *, model: str, vocab_size: int, context: int, max_body: int, max_tokens: int = 24) -> None:
+    def __init__(self, seed: int, *, model: str, vocab_size: int, context: int, max_body: int, max_tokens: int = 24,
+                 keys: Sequence[str] = ()) -> None:  # fmt: skip
         self._random = random.Random(seed)
         self._model = model
         self._vocab_size = vocab_size
         self._context = context
         self._max_body = max_body
         self._max_tokens = max_tokens
+        self.keys = keys
         self._good: list[Callable[[], tuple[str, dict[str, Any]]]] = [
             self._chat, self._chat, self._completion, self._completion, self._response, self._message, self._tokenize,
             self._detokenize,
@@ -71,15 +83,28 @@ class Traffic:
 
     def next(self) -> Ask:
         """Two of three requests are good ones."""
+        if self.keys and self._random.random() < 0.06:
+            return self._keyed()
         if self._random.random() < 0.33:
-            return self._bad()
-        path, fields = self._random.choice(self._good)()
-        ask = _ask(path.rpartition("/")[2], path, fields)
-        manner = self._random.choice(MANNERS)
-        if manner in ("leave", "reset"):
+            return self.with_key(self._bad())
+        if self._random.random() < 0.25:
+            ask = self._formed()
+        elif self._random.random() < 0.05:
+            ask = self._hasty()
+        else:
+            path, fields = self._random.choice(self._good)()
+            ask = _ask(path.rpartition("/")[2], path, fields)
+            ask = replace(ask, headers=self._random.choice(((), (), (), (("x-request-timeout", "100"),))))
+        ask = self.with_key(replace(ask, manner=self._random.choice(MANNERS)))
+        if ask.manner in ("leave", "reset"):
             patience = self._random.choice((-self._random.randint(1, len(ask.body)), 0, 1, self._random.randint(2, 4000)))
-            return Ask(**{**vars(ask), "manner": manner, "patience": patience})
-        return Ask(**{**vars(ask), "manner": manner})
+            return replace(ask, patience=patience)
+        return ask
+
+    def crowd(self, count: int, key: str) -> list[Ask]:
+        """So many requests for a key that may have one at a time."""
+        fields = {"prompt": "a", "max_tokens": 20, "ignore_eos": True}
+        return [replace(_ask("crowd", "/v1/completions", fields, (200, 429)), key=key) for _ in range(count)]
 
     def burst(self, sequences: int, tokens: int) -> list[Ask]:
         """Chat requests of at least so many sequences together, each of which may be answered by a 503. tokens: of each
@@ -88,8 +113,48 @@ class Traffic:
         while sum(ask.sequences for ask in asks) < sequences:
             path, fields = self._chat()
             fields |= {"n": 2, "max_tokens": tokens, "min_tokens": 0, "ignore_eos": True, "stop": [], "stop_token_ids": []}
-            asks.append(_ask("burst", path, fields, (200, 503)))
+            asks.append(self.with_key(_ask("burst", path, fields, (200, 503))))
         return asks
+
+    def _keyed(self) -> Ask:
+        """By somebody who must not get in, or only so often."""
+        fields = {"prompt": self._text(20), "max_tokens": self._random.randint(1, self._max_tokens)}
+        key = self._random.choice((None, "sk-nobody", *self.keys[1:], *self.keys[1:]))
+        known = key in self.keys
+        ask = _ask("key with limits" if known else "no key", "/v1/completions", fields, (200, 429) if known else (401,))
+        return replace(ask, key=key)
+
+    def _formed(self) -> Ask:
+        """An answer with a form, structured or calls. Other fields only as far as they leave it whole."""
+        path, fields, form = self._random.choice((forms.structured, forms.tools))(self._random)
+        fields |= {**self._maybe(0.6, "temperature", round(self._random.uniform(0, 1.5), 2)),
+                   **self._maybe(0.5, "stream", True), **self._maybe(0.5, "seed", self._random.randint(0, 10**6))}  # fmt: skip
+        if path == "/v1/completions":
+            fields["prompt"] = self._text()
+        else:
+            fields["input" if path == "/v1/responses" else "messages"] = self._conversation()
+        if path == "/v1/messages":
+            fields |= {"model": self._model, "temperature": min(fields.get("temperature", 1), 1)}
+        elif path != "/v1/responses":
+            fields |= self._maybe(0.3, "n", 2)
+        fields["max_output_tokens" if path == "/v1/responses" else "max_tokens"] = forms.MAX_TOKENS
+        return replace(_ask("calls" if form.tools else "structured", path, fields), form=form)
+
+    def _hasty(self) -> Ask:
+        """With a deadline that passes before the end of the answer, or after it. Serve's header means the same."""
+        path, fields = "/v1/completions", {"prompt": self._text(), "max_tokens": 400, "ignore_eos": True}
+        fields |= {**self._maybe(0.5, "stream", True), **self._maybe(0.3, "n", 2)}
+        name = self._random.choice(("x-request-timeout", "x-request-timeout-seconds"))
+        headers = ((name, f"{self._random.uniform(0.001, 0.5):.3f}"),)
+        return replace(_ask("deadline", path, fields, (200, 408, 504)), headers=headers)
+
+    @property
+    def most_tokens(self) -> int:
+        """That a request with a limited key may use: twenty characters of four bytes, and its answer."""
+        return 80 + self._max_tokens
+
+    def with_key(self, ask: Ask) -> Ask:
+        return replace(ask, key=self.keys[0]) if self.keys else ask
 
     def _text(self, longest: int = 60) -> str:
         words = " ".join(self._random.choices(TEXTS, k=self._random.randint(1, 4)))
@@ -231,6 +296,13 @@ class Traffic:
             ("unknown path", (404,), elsewhere(path=draw.choice(("/v1/nothing", "/v1/chat/completions/", "/%00", "//")))),
             ("wrong method", (405,), elsewhere(method=draw.choice(("PUT", "DELETE", "PATCH")))),
             ("no body", (400, 415), elsewhere(body=b"")),
+            ("bad deadline", bad, elsewhere(headers=(("x-request-timeout", draw.choice(("0", "-1", "nan", "soon"))),))),
+            ("schema nobody can keep to", bad, lambda kind, path, fields, statuses: _ask(kind, "/v1/chat/completions", {
+                "messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_schema", "json_schema": {
+                    "name": "x", "schema": draw.choice(({"type": "x"}, {"not": {}}, {"$ref": "#/none"}))}}}, statuses)),
+            ("tool that is not there", bad, lambda kind, path, fields, statuses: _ask(kind, "/v1/chat/completions", {
+                "messages": [{"role": "user", "content": "a"}], "tools": TOOLS, "tool_choice": {
+                    "type": "function", "function": {"name": "nobody"}}}, statuses)),
         ]  # fmt: skip
 
 
