@@ -11,7 +11,7 @@ from benchmarks.exchange import Reply
 from benchmarks.traffic import Ask
 
 OPEN, FEW, POOR, ONE = "sk-open", "sk-few", "sk-poor", "sk-one"  # no limit; of requests, of tokens, at a time
-REQUESTS, TOKENS = 6, 600  # a minute
+REQUESTS, TOKENS = 6, 120  # a minute
 ACCESS: dict[str, Any] = {"keys": [
     {"name": "open", "key": OPEN}, {"name": "few", "key": FEW, "requests_per_minute": REQUESTS},
     {"name": "poor", "key": POOR, "tokens_per_minute": TOKENS}, {"name": "one", "key": ONE, "concurrent_requests": 1},
