@@ -11,8 +11,6 @@ from typing import Any
 
 import jsonschema
 
-MAX_TOKENS = 200  # of a tokenizer without merges: the longest of these forms has 150 bytes
-
 _DAY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 8}, "days": {"enum": [1, 2, 3]}},
         "required": ["city", "days"], "additionalProperties": False}  # fmt: skip
 _FLAG = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"], "additionalProperties": False}
