@@ -31,8 +31,9 @@ class CallPlan:
         """For one choice. detokenizer: makes one without stop strings that keeps these special tokens."""
         hidden = service.call_tags if request.skip_special_tokens else {}
         parser = service.calls.parser(
-            self.tools.names, frozenset(hidden.values()), guided=self.grammar is not None, either=self.either
-        )
+            self.tools.names, frozenset(hidden.values()), guided=self.grammar is not None, alone=self.tools.must_call,
+            either=self.either,
+        )  # fmt: skip
         return CallReader(
             detokenizer(frozenset(service.call_tags)), parser, stop=request.stop, most=MAX_CALLS if self.tools.parallel else 1,
             include_stop=request.include_stop_str_in_output, min_tokens=request.min_tokens,

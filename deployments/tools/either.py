@@ -1,8 +1,21 @@
-"""Answers under a grammar that allows calls or a text of some form: its beginning decides which of them it is."""
+"""Answers under a grammar that allows calls alone, or else a text of some form: its beginning decides which of them it is."""
 
 from __future__ import annotations
 
 from deployments.tools.pieces import Parser, Piece
+
+
+class CallsParser:
+    """Nothing but calls. One that max_tokens cut off before it can be told of is not shown: it is no content."""
+
+    def __init__(self, calls: Parser) -> None:
+        self._calls = calls
+
+    def feed(self, text: str, /) -> list[Piece]:
+        return self._calls.feed(text)
+
+    def finish(self) -> list[Piece]:
+        return [piece for piece in self._calls.finish() if not isinstance(piece, str)]
 
 
 class EitherParser:
@@ -10,7 +23,7 @@ class EitherParser:
 
     def __init__(self, beginnings: tuple[str, ...], calls: Parser) -> None:
         self._beginnings = beginnings
-        self._calls = calls
+        self._calls, self._undecided = CallsParser(calls), calls
         self._buffer = ""
         self._is_call: bool | None = None  # None: not decided yet
 
@@ -27,7 +40,7 @@ class EitherParser:
         return self._calls.feed(text) if self._is_call else [text] if text else []
 
     def finish(self) -> list[Piece]:
-        if self._is_call is False:
-            return []
-        text, self._buffer = self._buffer, ""  # not decided: the parser knows what of a call's beginning nobody may see
-        return [*(self._calls.feed(text) if text else []), *self._calls.finish()]
+        if self._is_call is not None:
+            return self._calls.finish() if self._is_call else []
+        text, self._buffer = self._buffer, ""  # the parser knows what of a call's beginning nobody may see
+        return [*self._undecided.feed(text), *self._undecided.finish()]

@@ -11,7 +11,7 @@ from typing import Literal
 
 from deployments.tools import hermes, llama3, mistral, pythonic
 from deployments.tools.base import BaseParser
-from deployments.tools.either import EitherParser
+from deployments.tools.either import CallsParser, EitherParser
 from deployments.tools.grammar import Form
 from deployments.tools.pieces import Parser
 from model_core.tokenizer.tokenizer import Tokenizer
@@ -39,14 +39,17 @@ class Family:
     new_id: Callable[[], str] = _long_id
 
     def parser(
-        self, names: frozenset[str], hidden: frozenset[str] = frozenset(), *, guided: bool = False, either: bool = False
-    ) -> Parser:
+        self, names: frozenset[str], hidden: frozenset[str] = frozenset(), *, guided: bool = False, alone: bool = False,
+        either: bool = False,
+    ) -> Parser:  # fmt: skip
         """names: functions that may be called; hidden: those of `tags` that are control tokens. guided: a grammar makes
-        calls have the family's form; either: and be the whole answer, in place of one of another form."""
+        calls have the family's form; alone: and be the whole answer; either: or that is one of another form."""
         parser = self.make(names, hidden, self.new_id)
         if guided:
             parser.expect_form()
-        return EitherParser(self.form.beginnings(sorted(names)), parser) if either else parser
+        if either:
+            return EitherParser(self.form.beginnings(sorted(names)), parser)
+        return CallsParser(parser) if alone else parser
 
 
 FAMILIES = {

@@ -129,6 +129,19 @@ def test_a_cut_beginning_is_content_but_for_control_tokens(family, control):
         assert found == ([shown] if shown else [])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("way", [dict(alone=True), dict(either=True)], ids=str)
+def test_of_calls_that_must_be_calls_a_cut_one_is_not_content(family, way):
+    texts = {"hermes": f"<tool_call>\n{F}\n</tool_call>\n<tool_call>\n{F}", "mistral": f"[TOOL_CALLS][{F}, {F}",
+             "llama3": "; ".join([F.replace("arguments", "parameters")] * 2), "pythonic": "[f(a=1), f(a=1"}  # fmt: skip
+    text = texts[family]
+    whole = FAMILIES[family].form.beginnings(["f"])[0]
+    for size in range(len(whole), len(text)):
+        parser = FAMILIES[family].parser(frozenset(SCHEMAS), guided=True, **way)
+        found = joined([*parser.feed(text[:size]), *parser.finish()])
+        assert all(isinstance(block, Call) and block.name == "f" for block in found) and len(found) <= 2
+
+
 @pytest.mark.parametrize(("family", "one", "two"), [
     ("hermes", f"<tool_call>\n{F}\n</tool_call>", f"<tool_call>\n{F}\n</tool_call>\n<tool_call>\n{G}\n</tool_call>"),
     ("llama3", F.replace("arguments", "parameters"), f"{F}; {G}".replace("arguments", "parameters")),
