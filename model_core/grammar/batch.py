@@ -19,7 +19,7 @@ from model_core.grammar.matcher import PATIENCE_S_A_TOKEN, Matcher
 from model_core.grammar.native import native
 
 _MOST_HELPERS = 3
-_SHARE_S = 300e-6  # of native work, for which another thread is asked: to wake it takes a third of that
+_SHARE_S = 300e-6  # of native work, for which another thread is asked
 
 
 class Filler:
