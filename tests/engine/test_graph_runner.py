@@ -11,6 +11,7 @@ import torch
 from benchmarks.random_model import write_model
 from model_core.dispatch.ops import Ops
 from model_core.dispatch.tiles import StepTiles
+from model_core.engine import graph_runner
 from model_core.engine.clock import MOST_AHEAD
 from model_core.engine.config import EngineConfig
 from model_core.engine.engine import Engine
@@ -106,6 +107,23 @@ def test_greedy_tokens_are_the_plain_runners(folder, tiles):
     expected = run(folder, requests)
     actual = run(folder, requests, tiles={1: ROWS, 2: tiles, 4: tiles})
     assert actual[:2] == expected[:2]
+
+
+@pytest.mark.parametrize("longest", [10**6, 0], ids=["joined", "apart"])
+def test_decodes_ride_with_prompts(folder, monkeypatch, longest):
+    """One graph does both, unless contexts are too long: either way a mixed step gives the same tokens."""
+    monkeypatch.setattr(graph_runner, "_LONGEST_JOINED", longest)
+    decoded, rode = [], []
+    decode, prefill = GraphRunner._decode, GraphRunner._prefill
+    monkeypatch.setattr(GraphRunner, "_decode", lambda self, flight, *rest: decoded.append(flight.plan)
+                        or decode(self, flight, *rest))  # fmt: skip
+    monkeypatch.setattr(GraphRunner, "_prefill", lambda self, flight, entries, *rest: rode.append(
+        len(entries) > len(flight.plan.chunks) > 0) or prefill(self, flight, entries, *rest))  # fmt: skip
+    requests = ask(temperature=0.0)
+    chunked = dict(max_batch_tokens=9, warm_up=GPU)  # r0 has begun to answer when the other prompts are read
+    assert run(folder, requests, tiles={4: TILES}, **chunked)[:2] == run(folder, requests)[:2]
+    mixed = [plan for plan in decoded if plan.chunks]
+    assert any(rode) and not mixed if longest else mixed  # a prompt's last token by itself rides in any case
 
 
 def test_tokens_do_not_depend_on_the_steps_in_flight(folder):
