@@ -104,27 +104,32 @@ class Matcher:
         """Read what it has not read yet of the output, which is tokens[start:]. A token that was not allowed is a failure."""
         while start + self._read < len(tokens) and self.failure is None:
             token = tokens[start + self._read]
-            self.note(token, self.native.accept_token(token, False))
-
-    def unread(self, tokens: Sequence[int], start: int = 0) -> int:
-        """How many tokens `follow` would read."""
-        return len(tokens) - start - self._read
-
-    def note(self, token: int, accepted: bool) -> None:
-        """The next token was given to `native`."""
-        if accepted:
-            self._read += 1
-        else:
-            self.failure = f"token {token} at place {self._read} of the output does not follow the grammar"
+            try:
+                accepted = self.native.accept_token(token, False)
+            except Exception as error:
+                self._give_up(error)
+                return
+            if accepted:
+                self._read += 1
+            else:
+                self.failure = f"token {token} at place {self._read} of the output does not follow the grammar"
 
     def fill(self, masks: np.ndarray, row: int) -> None:
         """Write the mask of the next token into a row of int32 [rows, words]; after a failure nothing is allowed."""
-        if self.failure is not None:
-            masks[row] = 0
-            return
-        began = time.perf_counter()
-        self.native.fill_next_token_bitmask(masks, row, False)
-        self.finish(masks, row, time.perf_counter() - began)
+        if self.failure is None:
+            began = time.perf_counter()
+            try:
+                self.native.fill_next_token_bitmask(masks, row, False)
+            except Exception as error:
+                self._give_up(error)
+            else:
+                self.finish(masks, row, time.perf_counter() - began)
+                return
+        masks[row] = 0
+
+    def _give_up(self, error: Exception) -> None:
+        """Native code raised: this sequence ends, others go on."""
+        self.failure = f"its grammar cannot be followed: {type(error).__name__}: {error}"
 
     def finish(self, masks: np.ndarray, row: int, seconds: float) -> None:
         """`native` has written the row, and taken so long for it."""

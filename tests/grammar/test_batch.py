@@ -35,7 +35,7 @@ class Walk:
         return masks[0]
 
     def go_on(self, mask: np.ndarray) -> bool:
-        ids = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
+        ids = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")[: VOCABULARY.size]).tolist()
         self.tokens.append(self.chance.choice([token for token in ids if token != STOP] or ids))
         return self.tokens[-1] not in (STOP, ord("c"))
 
@@ -75,3 +75,21 @@ def test_a_grammar_that_takes_too_long_is_found_among_others(monkeypatch) -> Non
         filler.fill([walk.matcher for walk in walks], [(walk.tokens, len(PROMPT)) for walk in walks], masks)
     assert [walk.matcher.failure is not None for walk in walks] == [False, True, False]
     assert "takes too long to follow" in slow.failure and not masks[1].any() and masks[[0, 2]].any(axis=1).all()
+
+
+@pytest.mark.parametrize("share_s", [1e-9, 1e9], ids=["threads", "alone"])
+def test_native_code_that_raises_ends_one_sequence_alone(share_s, monkeypatch) -> None:
+    """It does for a text that has ended, which the engine never asks about."""
+    monkeypatch.setattr(batch, "_SHARE_S", share_s)
+    filler, walks = MaskFiller(), [Walk(len(GRAMMARS) * number) for number in range(6)]  # JSON
+    masks = np.zeros((6, VOCABULARY.words), dtype=np.int32)
+    ended = walks[4].matcher
+    for token in (ord("{"), ord("}"), STOP):
+        assert ended.native.accept_token(token, False)
+    for _ in range(3):
+        filler.fill([walk.matcher for walk in walks], [(walk.tokens, len(PROMPT)) for walk in walks], masks)
+        for row in (0, 1, 2, 3, 5):
+            assert (masks[row] == (mask := walks[row].mask())).all() and mask.any()
+            walks[row].go_on(mask)
+    assert [walk.matcher.failure is not None for walk in walks] == [False] * 4 + [True, False]
+    assert "cannot be followed: RuntimeError" in ended.failure and not masks[4].any()
