@@ -183,7 +183,7 @@ def test_what_uvicorn_and_serve_say_is_in_our_envelope_and_haproxys_words_are_th
     answer = connection.getresponse()
     assert answer.status == 400 and json.loads(answer.read())["error"]["code"] == "websocket_unsupported"
     connection.close()
-    deadline = b"x-request-timeout-seconds: 0.2\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    deadline = b"x-request-timeout-seconds: 1.5\r\nconnection: close\r\ncontent-type: application/json\r\n"
     for prefix in PREFIX.values():
         request = body(500)
         post = f"POST {prefix}/v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {len(request)}\r\n".encode()

@@ -63,7 +63,7 @@ def test_every_error_has_our_envelope(server):
     for noise in (b"nonsense\r\n\r\n", b"BREW / HTTP/1.1\r\nhost: a\r\n\r\n", b"GET / HTTP/1.1\r\nhost: a\r\nb c: d\r\n\r\n"):
         status, error = raw(server, noise)
         assert (status, error["code"]) == (400, "invalid_http")
-    status, error = raw(server, post("x-request-timeout-seconds: 0.2\r\n", max_tokens=500))
+    status, error = raw(server, post("x-request-timeout-seconds: 1.5\r\n", max_tokens=500))
     assert (status, error["code"]) == (504, "deadline_exceeded")
     status, error = raw(server, b"GET /nowhere HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
     assert (status, error["code"]) == (404, "unknown_url")
