@@ -110,7 +110,7 @@ async def _send(error: ApiError, path: str, headers: Any, send: Send, kind: str 
     """headers: of the answer that this one replaces; its request id and such are kept."""
     kept = [(name.lower(), value) for name, value in headers if name.lower() not in (b"content-type", b"content-length")]
     request_id = dict(kept).get(b"x-request-id", b"").decode("latin-1")
-    body = error_body(error, request_id) if path.startswith("/v1/messages") else error.body()
+    body = error_body(error, path, request_id)
     own = [(name.encode(), value.encode()) for name, value in error.headers.items()]
     own += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     named = {name for name, _ in own}

@@ -89,8 +89,7 @@ def error_response(error: ApiError, scope: Scope) -> Response:
     record = scope["mini_llm.record"]
     record.error = error.code or error.type
     path = scope["path"].removeprefix(scope.get("root_path", ""))
-    body = error_body(error, record.id) if path.startswith("/v1/messages") else error.body()
-    return Response(body, error.status, error.headers, "application/json")
+    return Response(error_body(error, path, record.id), error.status, error.headers, "application/json")
 
 
 async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:

@@ -17,8 +17,11 @@ _ERROR_TYPES = {
 }  # fmt: skip
 
 
-def error_body(error: ApiError, request_id: str) -> bytes:
-    """The envelope: {"type": "error", "error": {type, message}, "request_id"}."""
+def error_body(error: ApiError, path: str, request_id: str) -> bytes:
+    """Of an answer at this path: Anthropic's envelope {"type": "error", "error": {type, message}, "request_id"} at its routes,
+    else OpenAI's."""
+    if not path.startswith("/v1/messages"):
+        return error.body()
     return orjson.dumps({**_error(error), "request_id": request_id})
 
 

@@ -53,7 +53,7 @@ class GraphRunner:
                  pdl: bool = True, capture_at_start: bool = False,
                  tiles: dict[int, StepTiles] | None = None) -> None:  # fmt: skip
         self.model, self.kv, self.page_size, self.device = model, kv, page_size, device
-        self.capture_at_start, self.ops, self._pin = capture_at_start, ops, device.type == "cuda"
+        self.capture_at_start, self.ops = capture_at_start, ops
         self.sampler = Sampler(limits.max_seqs, model.config.vocab_size, device)
         self.scorer = Scorer(model, limits.max_seqs)
         self.max_pages = -(-limits.max_context // page_size)

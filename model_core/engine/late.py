@@ -13,8 +13,9 @@ import torch
 from model_core.engine.packed import Packed
 from model_core.engine.plan import Scheduled
 from model_core.engine.rules import SlotRules
-from model_core.engine.runner import EVERY_SAMPLER_STEP, InFlight, Part, forbidden_in, masks_of, to_host
+from model_core.engine.runner import InFlight, Part, forbidden_in, masks_of, sample_every_way, to_host
 from model_core.engine.sampler import Sampled, Sampler
+from model_core.engine.scores import sent
 from model_core.engine.sequence import Sequence
 from model_core.kernels.decode.restrict import restrict
 from model_core.kernels.decode.sample import SampleSpace, sample
@@ -34,18 +35,17 @@ class LateRow(NamedTuple):
 class LateRows:
     """Samples from what a graph has left in its logits, before any other graph writes there.
 
-    held: slots that the graphs do not sample: a launch of the same kernels behind the graph does, with masks. special: slots
-    that they sample, though not for good: engine/sampler.py does it again, op by op. slots: both.
+    slots: those that the graphs do not sample: a launch of the same kernels behind the graph does, with masks; and among them
+    `special`, which the graphs sample, though not for good: engine/sampler.py does it again, op by op.
     space: of at least as many rows as there are slots.
     """
 
     def __init__(self, state: DecodeState, sampler: Sampler, space: SampleSpace, *, invariant: bool) -> None:
         self.state, self.sampler, self._space, self._invariant = state, sampler, space, invariant
         self.rules = SlotRules(state, sampler.vocab_size)
-        self.held: set[int] = set()
-        self.special: set[int] = set()
         self.slots: set[int | None] = set()
-        self._pin, self._words = state.position.is_cuda, -(-sampler.vocab_size // 32)
+        self.special: set[int | None] = set()
+        self._words = -(-sampler.vocab_size // 32)
         most = state.dump
         fields = [("slots", most, "int64"), ("places", most, "int64"), ("masks", most * self._words, "int32")]
         self._inputs = Packed(fields, sampler.device, copies=3)  # a step in flight, maybe with prompts, and one to fill
@@ -55,14 +55,14 @@ class LateRows:
         """Fill the slot of a sequence that starts or resumes."""
         slot, params = seq.slot, seq.request.params
         assert slot is not None and params.seed is not None
-        self.held.discard(slot)
+        self.slots.discard(slot)
         self.special.discard(slot)
+        if seq.matcher is not None:
+            self.slots.add(slot)
         if not self.rules.assign(seq):
+            self.slots.add(slot)
             self.special.add(slot)
             self.sampler.assign(slot, params, params.seed, seq.tokens, seq.num_prompt)
-        elif seq.matcher is not None:
-            self.held.add(slot)
-        self.slots = {*self.held, *self.special}
 
     def sample(self, flight: InFlight, places: np.ndarray, rows: list[LateRow], logits: torch.Tensor) -> None:
         """Sample rows of a graph that was launched: now or, where a mask waits for a token, when the step is finished.
@@ -76,7 +76,7 @@ class LateRows:
     def _sample(self, flight: InFlight, places: np.ndarray, rows: list[LateRow], logits: torch.Tensor) -> None:
         rows = [one for one in rows if one.entry.seq.finish is None]  # the matcher of one that has ended may know no next token
         special = [one for one in rows if one.entry.seq.slot in self.special]
-        held = [one for one in rows if one.entry.seq.slot in self.held]
+        held = [one for one in rows if one.entry.seq.slot not in self.special]
         # torch may divide its sums by the number of rows
         for group in [[one] for one in special] if self._invariant else [special] * bool(special):
             flight.parts.append(Part(places[[row for row, _ in group]], to_host(self._again(group, logits))))
@@ -115,16 +115,14 @@ class LateRows:
         return sampled
 
     def _send(self, values: list[Any]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, pin_memory=self._pin).to(self.sampler.device, non_blocking=True)
+        return sent(torch.tensor(values, dtype=torch.int64), self.sampler.device)
 
     def compute(self, logits: torch.Tensor) -> None:
         """Launch every kernel once, over a graph's logits, which are lost; nothing advances."""
         self._inputs.turn()["slots"][:] = self.state.dump
         self._inputs.send()
         self.kernels(1, logits)()
-        slots = torch.zeros(1, dtype=torch.int64, device=self.sampler.device)
-        for params in EVERY_SAMPLER_STEP:
-            self.sampler.sample(logits[:1].clone(), slots, slots, [params], [], self.sampler.no_masks(1))
+        sample_every_way(self.sampler, logits)
 
 
 def _choose(logits: torch.Tensor, slots: torch.Tensor, state: DecodeState, space: SampleSpace, held: HeldRows) -> None:

@@ -16,7 +16,8 @@ _NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 class Copier:
     """Starts copies of pinned memory behind what the device's default stream has to do (`stream`, found once: see Span; None on
-    a CPU). By the driver itself: torch's copy_ takes 20 us and more to note the use of memory that is never freed here."""
+    a CPU). By the driver itself: torch's copy_ also notes the use of memory that is never freed here (with it, `send` took
+    50 us of the host's time beside an H100)."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.default_stream(device) if device.type == "cuda" else None

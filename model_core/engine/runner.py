@@ -235,9 +235,7 @@ class Runner:
             for queries, contexts in (((chunk,), (chunk,)), ((1,), (1,)), ((1,), (longest,)), ((1, 1), (longest, 1)),
                                       ((1, 1, chunk), (1, longest, longest))):
                 logits = self.model.forward(self._dummy(queries, contexts), self.kv)
-        slots = torch.zeros(1, dtype=torch.int64, device=self.device)
-        for params in EVERY_SAMPLER_STEP:
-            self.sampler.sample(logits[:1].clone(), slots, slots, [params], [], self.sampler.no_masks(1))
+        sample_every_way(self.sampler, logits)
         torch.cuda.synchronize()
 
     def _dummy(self, queries: tuple[int, ...], contexts: tuple[int, ...]) -> Batch:
@@ -285,6 +283,13 @@ EVERY_SAMPLER_STEP = (
     SamplingParams(temperature=1.0, top_k=10, top_p=0.9, min_p=0.1, logprobs=20, frequency_penalty=0.1),
     SamplingParams(temperature=1.0, top_k=1000, logprobs=0),
 )
+
+
+def sample_every_way(sampler: Sampler, logits: torch.Tensor) -> None:
+    """Reach all that the sampler may launch, with the first row of these logits; nothing advances."""
+    slots = torch.zeros(1, dtype=torch.int64, device=sampler.device)
+    for params in EVERY_SAMPLER_STEP:
+        sampler.sample(logits[:1].clone(), slots, slots, [params], [], sampler.no_masks(1))
 
 
 def to_host(sampled: Sampled) -> Sampled:

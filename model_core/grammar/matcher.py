@@ -88,8 +88,8 @@ class Compiled:
 class Matcher:
     """What may follow the tokens of one sequence. stop_ids: allowed where the text may end, and nowhere else.
 
-    failure: why nothing can follow any more; None while all is well. `note` and `finish` are for batch.py, which calls `native`
-    for many at a time.
+    failure: why nothing can follow any more; None while all is well. `finish` is for batch.py, which lets `native` of many fill
+    masks at a time.
     """
 
     def __init__(self, compiled: Compiled, stop_ids: frozenset[int]) -> None:

@@ -57,7 +57,7 @@ def schema_grammar(schema: Any, param: str, rules: Rules) -> str:
 def keywords_grammar(schema: dict[str, Any], param: str, rules: Rules) -> str:
     """The same for the schema of an object, which is written as Python's arguments by name, a=1, b="x": its listed properties,
     whose names must be words. Values are written as in JSON."""
-    return rules.add(_Walk(schema, param, rules).object_(schema, "#", keywords=True))
+    return rules.add(_Walk(schema, param, rules)._object(schema, "#", keywords=True))
 
 
 class _Walk:
@@ -276,10 +276,7 @@ class _Walk:
             self.refuse(f"{path}/properties/{_escaped(name)}", "a name that cannot be written as Python's arguments are")
         return literal(name + "=")
 
-    def _object(self, node: dict[str, Any], path: str) -> str:
-        return self.object_(node, path)
-
-    def object_(self, node: dict[str, Any], path: str, keywords: bool = False) -> str:
+    def _object(self, node: dict[str, Any], path: str, keywords: bool = False) -> str:
         low, high = self._counts(node, "minProperties", "maxProperties", path, MAX_ITEMS)
         listed, required, extra = node.get("properties", {}), node.get("required", []), node.get("additionalProperties")
         if not isinstance(listed, dict):

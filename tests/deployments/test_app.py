@@ -25,6 +25,7 @@ import pytest
 import yaml
 
 from benchmarks.server import ROOT, Server, configuration, serving
+from tests.deployments.raw import raw
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -162,17 +163,6 @@ def test_errors_that_pass_the_proxy_have_our_envelope(server):
     assert status == 404 and json.loads(raw)["error"]["code"] == "unknown_url"
 
 
-def raw(server: Server, request: bytes) -> tuple[bytes, bytes]:
-    """Head and body of the answer to what no client library would send."""
-    with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
-        connection.sendall(request)
-        answer = b""
-        while part := connection.recv(65536):
-            answer += part
-    head, _, rest = answer.partition(b"\r\n\r\n")
-    return head, rest
-
-
 def test_what_uvicorn_and_serve_say_is_in_our_envelope_and_haproxys_words_are_those_of_the_readme(server):
     head, told = raw(server, b"BREW /v1/models HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400") and json.loads(told)["error"]["code"] == "invalid_http"
@@ -219,8 +209,8 @@ def test_a_killed_http_replica_is_told_in_our_envelope_and_then_waited_for(serve
         thread.join(30)
     told = [answer for answer in answers if answer is not None]
     assert len(answers) == count and told
-    for status, headers, raw in told:
-        error = json.loads(raw)["error"]
+    for status, headers, text in told:
+        error = json.loads(text)["error"]
         assert (status, error["type"], error["code"]) == (503, "service_unavailable", "replica_lost")
         assert headers["content-type"] == "application/json" and headers["retry-after"] == "2"
     assert ask(server, "GET", "/health")[0] == 200  # held back by the proxy until another replica runs

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from benchmarks.server import Server, serving
+from tests.deployments.raw import raw
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -29,15 +29,10 @@ def server(smollm2_dir) -> Iterator[Server]:
         yield running
 
 
-def raw(server: Server, request: bytes) -> tuple[int, dict]:
+def refusal(server: Server, request: bytes) -> tuple[int, dict]:
     """Status and error of an answer that may not be HTTP's fault alone."""
-    with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
-        connection.sendall(request)
-        answer = b""
-        while part := connection.recv(65536):
-            answer += part
-    head, _, body = answer.partition(b"\r\n\r\n")
-    assert b"content-type: application/json" in head.lower(), answer
+    head, body = raw(server, request)
+    assert b"content-type: application/json" in head.lower(), (head, body)
     error = json.loads(body)["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     return int(head.split()[1]), error
@@ -61,18 +56,18 @@ def test_every_error_has_our_envelope(server):
     assert status == 200 or (status, json.loads(text)["error"]["code"]) == (404, "unknown_url")
     server.wait_ready()
     for noise in (b"nonsense\r\n\r\n", b"BREW / HTTP/1.1\r\nhost: a\r\n\r\n", b"GET / HTTP/1.1\r\nhost: a\r\nb c: d\r\n\r\n"):
-        status, error = raw(server, noise)
+        status, error = refusal(server, noise)
         assert (status, error["code"]) == (400, "invalid_http")
-    status, error = raw(server, post("x-request-timeout-seconds: 1.5\r\n", max_tokens=500))
+    status, error = refusal(server, post("x-request-timeout-seconds: 1.5\r\n", max_tokens=500))
     assert (status, error["code"]) == (504, "deadline_exceeded")
-    status, error = raw(server, b"GET /nowhere HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+    status, error = refusal(server, b"GET /nowhere HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
     assert (status, error["code"]) == (404, "unknown_url")
 
 
 def test_a_killed_http_replica_is_told_in_our_envelope(server):
     (victim,) = server.pids("ray::ServeReplica:llm:Api")
     answers = []
-    thread = threading.Thread(target=lambda: answers.append(raw(server, post("", max_tokens=5000))))
+    thread = threading.Thread(target=lambda: answers.append(refusal(server, post("", max_tokens=5000))))
     thread.start()
     server.wait_until(lambda: json.loads(server.get("/load")[1])["server_load"] == 1, 20)
     killed = time.monotonic()
