@@ -138,7 +138,9 @@ class GraphRunner:
             host[count:] = self.state.dump
             self._rows.send()
             self.decodes.rows.copy_(self._rows.device["rows"], non_blocking=True)
-        graph = self.decodes.get(bucket, fitting(self.decodes.lengths, int(starts.max()) + 1))
+        edited = self.late.rules.edited
+        ruled = bool(edited) and not edited.isdisjoint(rows.tolist())
+        graph = self.decodes.get(bucket, fitting(self.decodes.lengths, int(starts.max()) + 1), ruled)
         flight.span.begin()
         graph.replay()
         late = [LateRow(row, Scheduled(plan.decodes[place], plan.starts[place], 1, True)) for row, place in enumerate(places)

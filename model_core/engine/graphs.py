@@ -88,7 +88,8 @@ def fitting(buckets: list[int], size: int) -> int:
 
 
 class DecodeGraphs:
-    """One graph per (bucket of rows, bucket of the longest context). `rows` [max_seqs] are the graphs' own."""
+    """One graph per (bucket of rows, bucket of the longest context, whether a row is `ruled`: see DecodeChain.launch).
+    `rows` [max_seqs] are the graphs' own."""
 
     def __init__(self, chain: DecodeChain, tiles: dict[int, StepTiles], max_context: int, pool: GraphPool) -> None:
         self.chain, self.tiles, self.pool = chain, tiles, pool
@@ -97,20 +98,21 @@ class DecodeGraphs:
         self.rows = torch.full((self.buckets[-1],), chain.state.dump, dtype=torch.int64, device=device)
         # Beyond MAX_SPLITS splits the grid stays the same: three widths are enough.
         self.lengths = [length for length in (NEAR, 4 * NEAR) if length < max_context] + [max_context]
-        self._graphs: dict[tuple[int, int], Replay] = {}
+        self._graphs: dict[tuple[int, int, bool], Replay] = {}
         for rows, choice in tiles.items():
             chain.reserve(rows, choice)
 
-    def missing(self) -> Iterable[tuple[int, int]]:
+    def missing(self) -> Iterable[tuple[int, int, bool]]:
         """What is not captured yet, the likeliest first."""
-        return ((rows, longest) for longest in self.lengths for rows in self.buckets if (rows, longest) not in self._graphs)
+        keys = ((rows, longest, ruled) for longest in self.lengths for ruled in (False, True) for rows in self.buckets)
+        return (key for key in keys if key not in self._graphs)
 
-    def get(self, rows: int, longest: int) -> Replay:
-        key = (rows, longest)
+    def get(self, rows: int, longest: int, ruled: bool = False) -> Replay:
+        key = (rows, longest, ruled)
         if key not in self._graphs:
             slots = self.rows[:rows].clone()
             self.rows[:rows] = self.chain.state.dump  # the run before the capture must not advance anybody
-            self._graphs[key] = self.pool.capture(lambda: self.compute(rows, longest), self.tiles[rows].shared)
+            self._graphs[key] = self.pool.capture(lambda: self.compute(*key), self.tiles[rows].shared)
             self.rows[:rows] = slots
         return self._graphs[key]
 
@@ -125,9 +127,9 @@ class DecodeGraphs:
             for longest in self.lengths[:2]:
                 self.compute(rows, longest)
 
-    def compute(self, rows: int, longest: int) -> None:
+    def compute(self, rows: int, longest: int, ruled: bool = True) -> None:
         """The same without a graph: the twin for debugging and for compiling."""
-        self.chain.launch(self.rows[:rows], self.tiles[rows], longest=longest)
+        self.chain.launch(self.rows[:rows], self.tiles[rows], longest=longest, ruled=ruled)
 
 
 @dataclass

@@ -45,11 +45,13 @@ def rules_of(params: SamplingParams, stop_ids: frozenset[int], num_prompt: int, 
 
 
 class SlotRules:
-    """The host's side of DecodeState.rules and .counts. `ruled`: slots whose row on the device is not all zeros."""
+    """The host's side of DecodeState.rules and .counts. `ruled`: slots whose row on the device is not all zeros; `edited`: of
+    them, those for which restrict.py has something to do in a graph."""
 
     def __init__(self, state: DecodeState, vocab_size: int) -> None:
         self.state, self.vocab_size = state, vocab_size
         self.ruled: set[int] = set()
+        self.edited: set[int] = set()
         self._pin = state.rules.is_cuda
 
     def assign(self, seq: Sequence) -> bool:
@@ -62,9 +64,12 @@ class SlotRules:
         row = rules_of(params, seq.stop_ids, seq.num_prompt, self.vocab_size, held=held) if possible else None
         if row is not None and uses_penalties(params):
             self._send(count_tokens(seq.tokens, seq.num_prompt, self.vocab_size), self.state.counts[slot])
+        self.edited.discard(slot)
         if row is not None:
             self._send(row, self.state.rules[slot])
             self.ruled.add(slot)
+            if not held:
+                self.edited.add(slot)
         elif slot in self.ruled:
             self.state.rules[slot].zero_()
             self.ruled.remove(slot)

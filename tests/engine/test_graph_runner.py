@@ -16,6 +16,7 @@ from model_core.engine.clock import MOST_AHEAD
 from model_core.engine.config import EngineConfig
 from model_core.engine.engine import Engine
 from model_core.engine.graph_runner import GraphRunner
+from model_core.engine.graphs import DecodeGraphs
 from model_core.engine.late import LateRows
 from model_core.engine.request import Request, SamplingParams
 from model_core.grammar.spec import of_choice, of_regex
@@ -153,6 +154,8 @@ def test_seeded_and_every_other_way_of_sampling(folder, monkeypatch):
     """The graphs' own, but for log-probabilities: those rows are sampled again from the graph's logits."""
     again, inner = [], LateRows._again
     monkeypatch.setattr(LateRows, "_again", lambda self, rows, *rest: again.extend(rows) or inner(self, rows, *rest))
+    graphs, get = set(), DecodeGraphs.get
+    monkeypatch.setattr(DecodeGraphs, "get", lambda self, *key: graphs.add(key[2:]) or get(self, *key))
     edits = dict(frequency_penalty=1.5, repetition_penalty=1.2, logit_bias={7: 9.0, 8: 8.9})
     ways = [dict(temperature=1.0, seed=3), dict(temperature=0.8, seed=4, top_k=50, top_p=0.9, min_p=0.02, **edits),
             dict(temperature=0.0, logprobs=2, **edits), dict(temperature=0.0, min_tokens=2, stop_ids=(7, 8), **edits)]
@@ -161,6 +164,7 @@ def test_seeded_and_every_other_way_of_sampling(folder, monkeypatch):
     expected, actual = run(folder, requests), run(folder, requests, tiles={4: TILES}, warm_up=GPU)
     assert actual[:2] == expected[:2] and actual[1]["r3"] == "stop"
     assert {entry.seq.request_id for _, entry in again} == {"r2"}
+    assert (True,) in graphs, "rows were cut"
     got, wanted = actual[2]["r2"], expected[2]["r2"]
     assert len(got) == 3 and all(abs(a.logprob - b.logprob) < 1e-4 for a, b in zip(got, wanted, strict=True))
 

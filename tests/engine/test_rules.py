@@ -70,9 +70,9 @@ def test_a_sequence_that_resumes_brings_its_counts(rules):
 def test_who_follows_in_a_slot_finds_nothing_of_it(rules):
     assert rules.assign(sequence(top_k=5, logit_bias={1: 1.0}))
     assert rules.assign(sequence(top_p=0.5))
-    assert rules.state.rules[1].nonzero()[:, 0].tolist() == [0, at.WANTED_P]
+    assert rules.state.rules[1].nonzero()[:, 0].tolist() == [0, at.WANTED_P] and rules.edited == {1}
     assert rules.assign(sequence())
-    assert not rules.state.rules.any() and not rules.ruled
+    assert not rules.state.rules.any() and not rules.ruled and not rules.edited
 
 
 @pytest.mark.parametrize("params", [dict(logprobs=0), dict(min_tokens=1, stop_ids=range(at.MAX_STOPS + 1))], ids=str)

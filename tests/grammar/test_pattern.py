@@ -97,3 +97,9 @@ def test_integers_between_bounds(low: int | None, high: int | None) -> None:
         for value in (base - 1, base, base + 1):
             assert accepts(grammar, str(value)) == ((low is None or low <= value) and (high is None or value <= high))
     assert not accepts(grammar, "-0") and not accepts(grammar, "007")
+
+
+def test_sets_that_repeat_are_starred() -> None:
+    """In any other form their masks take 14 times as long."""
+    text = of_regex(r"[a-c]+x{2,}\d*(ab)+", "structured_outputs.regex").text
+    assert text == "root ::= [a-c] [a-c]* [x]{2,2} [x]* [0-9]* ([a] [b])+"

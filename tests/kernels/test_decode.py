@@ -319,6 +319,19 @@ def test_sample(device):
     assert chosen(states[0], case.rows)[:2].tolist() == [-1, 7]
 
 
+def test_what_is_not_ruled_is_not_cut(device):
+    """Whatever another step has left as its rows' thresholds."""
+    case, logits = Case(torch.float32, device), torch.randn(3, VOCAB, device=device)
+    space = SampleSpace(3, device)
+    space.limit.fill_(100.0)
+    state = own_chosen(copy.deepcopy(case.state))
+    sample(logits, case.rows, state, space, pdl=case.pdl, ruled=False)
+    sample_torch(logits, case.rows, case.state, SampleSpace(3, device))
+    assert chosen(state, case.rows).equal(chosen(case.state, case.rows))
+    sample(logits, case.rows, case.state, space, pdl=case.pdl)
+    assert not chosen(case.state, case.rows).equal(chosen(state, case.rows)), "thresholds are looked at"
+
+
 def test_padding_rows_do_not_move_the_dump_slot(device):
     case = Case(torch.float32, device)
     rows = torch.tensor([0, case.state.dump, case.state.dump], device=device)

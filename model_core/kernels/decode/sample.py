@@ -19,7 +19,7 @@ from model_core.kernels.runtime import cdiv, jit, tl
 
 _SPLITS = 16
 COLUMNS, CANDIDATES = 2048, 4096  # of restrict.py: maxima of a row that is cut, and what it may keep outside the row
-SAMPLE_BYTES = 4 * (COLUMNS + CANDIDATES + 2 * _SPLITS + 2)  # of a row of SampleSpace
+SAMPLE_BYTES = 4 * (COLUMNS + CANDIDATES + 2 * _SPLITS + 3)  # of a row of SampleSpace
 HOPELESS = -1e25  # below any logit, and above what is forbidden (restrict.py), whatever temperature divides them
 _RULES, _RING, _PENALTIES, _HELD, _HOPELESS = map(tl.constexpr, (RULES, RING, PENALTIES, HELD, HOPELESS))
 
@@ -96,22 +96,25 @@ class SampleSpace:
         self.where = torch.empty((rows, _SPLITS), dtype=torch.int32, device=device)
         self.arrived = torch.zeros(rows, dtype=torch.int32, device=device)
         self.limit = torch.full((rows,), -torch.inf, dtype=torch.float32, device=device)
+        self.uncut = self.limit.clone()  # stays so
         self.columns = torch.empty((rows, COLUMNS), dtype=torch.float32, device=device)
         self.candidates = torch.empty((rows, CANDIDATES), dtype=torch.float32, device=device)
 
 
 def sample(
-    logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, space: SampleSpace, *, pdl: bool, held: HeldRows | None = None
+    logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, space: SampleSpace, *, pdl: bool,
+    held: HeldRows | None = None, ruled: bool = True,
 ) -> None:
     """Choose the tokens of slots `rows` int64 [M] by logits float32 [M, vocab]: state.chosen, last_token and position advance,
-    but not the dump slot's. space.limit [M] is restrict's. Nothing is done for slots with HELD.
+    but not the dump slot's. space.limit [M] is restrict's, or not looked at where none of them is `ruled`. Nothing is done for
+    slots with HELD.
 
     held: these rows' slots have HELD, and theirs are other rows of the logits."""
     count, vocab = len(rows), logits.shape[1]
     share = cdiv(cdiv(vocab, 4), _SPLITS)
     _kernel[(_SPLITS, count)](
         logits, space.best, space.where, space.arrived, rows, state.last_token, state.position, state.temperature,
-        state.seed, state.chosen, space.limit, state.rules, state.counts, rows if held is None else held.places, state.dump,
+        state.seed, state.chosen, space.limit if ruled else space.uncut, state.rules, state.counts, rows if held is None else held.places, state.dump,
         V=vocab, SPLITS=_SPLITS, SHARE=share, BLOCK=256, OF_HELD=held is not None, PDL=pdl, num_warps=4,
         **launch_options(pdl))  # fmt: skip
 
