@@ -114,9 +114,9 @@ def sample(
     share = cdiv(cdiv(vocab, 4), _SPLITS)
     _kernel[(_SPLITS, count)](
         logits, space.best, space.where, space.arrived, rows, state.last_token, state.position, state.temperature,
-        state.seed, state.chosen, space.limit if ruled else space.uncut, state.rules, state.counts, rows if held is None else held.places, state.dump,
-        V=vocab, SPLITS=_SPLITS, SHARE=share, BLOCK=256, OF_HELD=held is not None, PDL=pdl, num_warps=4,
-        **launch_options(pdl))  # fmt: skip
+        state.seed, state.chosen, space.limit if ruled else space.uncut, state.rules, state.counts,
+        rows if held is None else held.places, state.dump, V=vocab, SPLITS=_SPLITS, SHARE=share, BLOCK=256,
+        OF_HELD=held is not None, PDL=pdl, num_warps=4, **launch_options(pdl))  # fmt: skip
 
 
 def sample_torch(logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, space: SampleSpace,
