@@ -3,10 +3,11 @@
     python -m benchmarks.rmsnorm [--tokens 1 2 4 ... 32768] [--hidden 2048 4096 8192] [--out FILE]
 
 bfloat16. native is torch.nn.functional.rms_norm (add_rmsnorm: residual.add_(x) before it), torch our reference, whose
-roundings are the kernel's, op by op. Medians of CUDA-graph replays over up to 16 copies of the data that are not in the L2
-cache when a replay begins, gaps between launches included: below some hundred tokens these are what counts. GB/s are the bytes
-that a fused kernel moves (model_core/kernels/rmsnorm.py) over the time, for all of them; speedup is native over Triton, share
-of the best bandwidth measured in the same run. Written to benchmarks/results/<gpu>/rmsnorm.json, with a chart beside it.
+roundings are the kernel's, op by op; copy is torch.neg, which reads and writes as much as rmsnorm must. Medians of CUDA-graph
+replays over up to 16 copies of the data that are not in the L2 cache when a replay begins, gaps between launches included:
+below some hundred tokens these are what counts. GB/s are the bytes that a fused kernel moves (model_core/kernels/rmsnorm.py)
+over the time, for all of them; speedup is native over Triton, share of the best bandwidth measured in the same run. Written to
+benchmarks/results/<gpu>/rmsnorm.json, with a chart beside it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def make(op: str, tokens: int, weight: torch.Tensor) -> Calls:
             "triton": lambda: rmsnorm.rmsnorm(x, weight, EPS),
             "torch": lambda: rmsnorm.rmsnorm_torch(x, weight, EPS),
             "native": lambda: F.rms_norm(x, weight.shape, weight, EPS),
+            "copy": lambda: torch.neg(x),
         }
     return {
         "triton": lambda: rmsnorm.add_rmsnorm(x, residual, weight, EPS),
@@ -53,7 +55,7 @@ def measure(op: str, tokens: int, hidden: int, cold: ColdCache, peak: float) -> 
     weight = torch.rand(hidden, device="cuda").bfloat16()
     nbytes = rmsnorm.bytes_moved(tokens, hidden, weight.element_size(), add=op == "add_rmsnorm")
     made = [make(op, tokens, weight) for _ in range(max(1, min(_MOST_COPIES, _L2 // nbytes)))]
-    us = {way: cold.microseconds([calls[way] for calls in made]) for way in ("triton", "torch", "native")}
+    us = {way: cold.microseconds([calls[way] for calls in made]) for way in made[0]}
     return row(op, hidden, tokens, us, nbytes, peak)
 
 

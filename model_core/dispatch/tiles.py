@@ -156,53 +156,51 @@ def _with_streams(found: list[Choice], op: str, rows: int, wide: bool) -> list[C
     s, chosen = StreamTiles, dict[str, list[Choice]]()
     if rows <= 16 and wide:
         chosen = {
-            "qkv": [s(128, 1, 4, 3, 128), s(128, 1, 4, 4)],
-            "o": [s(64, 4, 4, 3, 128), s(64, 2, 4, 4, 128)],
-            "gate_up": [s(32, 1, 4, 4), *found[:1], s(64, 1, 4, 3, 128)],
-            "down": [s(64, 4, 4, 3, 128), s(64, 2, 4, 4, 128)],
+            "qkv": [s(128, 1, 4, 3, 128), s(128, 1, 8, 4, 128)],
+            "o": [s(64, 4, 4, 3, 128), s(64, 1, 4, 3, 256)],
+            "gate_up": [s(32, 1, 4, 3, 256), s(64, 1, 4, 3, 128), s(32, 1, 4, 4, 128)],
+            "down": [s(64, 4, 4, 3, 128), s(64, 2, 4, 3, 256)],
             "head": [s(64, 1, 4, 3, 128)],
         }
     elif rows <= 8:
         chosen = {
-            "qkv": [*found[:1], s(64, 2, 4, 2, 256)],
+            "qkv": [s(64, 2, 4, 3, 256), *found[:1], s(64, 2, 4, 2, 256)],
             "o": found[:1],
-            "gate_up": [*found[:1], s(64, 1, 4, 2, 128)],
-            "down": [*found[:1], s(64, 3, 4, 6)],
-            "head": [s(64, 1, 4, 3, 128), *found[:1], s(128, 1, 8, 2, 128)],
+            "gate_up": [RegisterTiles(16, 64, 4, 4), s(64, 1, 4, 3, 256), s(64, 1, 4, 2, 128)],
+            "down": found[:1],
+            "head": [s(64, 1, 4, 3, 256), *found[:1], s(128, 1, 8, 3, 128)],
         }
     elif rows <= 16:
         chosen = {
-            "qkv": [*found[:1], s(64, 2, 4, 4, 128)],
-            "o": [*found[:1], s(64, 2, 4, 2, 256)],
-            "gate_up": [s(64, 1, 4, 3, 128), s(64, 1, 4, 4)],
-            "down": [s(64, 4, 4, 3, 128), *found[:1]],
-            "head": [s(128, 1, 8, 2, 128), s(64, 1, 4, 3)],
+            "qkv": [*found[:1], s(64, 2, 4, 3, 256)],
+            "o": [*found[:1], s(64, 3, 4, 2, 256)],
+            "gate_up": [s(64, 1, 4, 3, 128), s(64, 1, 4, 4, 128)],
+            "down": [s(64, 4, 4, 3, 128), s(64, 4, 4, 3, 256)],
+            "head": [s(128, 1, 8, 2, 128), s(64, 1, 4, 3, 256)],
         }
     elif rows <= 32:
         chosen = {
-            "qkv": [s(128, 1, 8, 3, 128), s(128, 1, 4, 6), s(64, 2, 4, 4, 128), s(64, 3, 4, 4)],
-            "o": [s(64, 2, 4, 4, 128), s(64, 2, 4, 6)] if wide else [
-                s(64, 2, 4, 2, 256), s(64, 4, 4, 3, 128), TensorTiles(64, 128, 4, 4, 5)],
-            "gate_up": [s(64, 1, 4, 3, 128), s(64, 1, 4, 4), s(32, 1, 4, 6)],
-            "down": [s(64, 2, 4, 3, 128), s(64, 2, 4, 6)] if wide else [
-                s(64, 4, 4, 2, 256), s(64, 4, 4, 4, 128), s(64, 4, 4, 6)],
-            "head": [s(64, 1, 4, 3, 128), s(128, 1, 8, 6)] if wide else [s(128, 1, 8, 4), s(64, 1, 4, 3, 128)],
-        }  # fmt: skip
+            "qkv": [s(128, 1, 8, 4, 128), s(128, 1, 8, 3, 128), s(64, 2, 4, 3, 256), s(64, 2, 4, 2, 256)],
+            "o": [s(64, 2, 4, 4, 128), s(64, 3, 4, 2, 256)] if wide else [s(64, 3, 4, 2, 256), s(64, 3, 4, 4, 128)],
+            "gate_up": [s(64, 1, 4, 3, 128), s(32, 1, 4, 2, 256)] if wide else [s(64, 1, 4, 3, 128), s(64, 1, 4, 4, 128)],
+            "down": [s(64, 2, 4, 3, 256), s(64, 4, 4, 4, 128)] if wide else [s(64, 4, 4, 3, 256), s(64, 4, 4, 2, 256)],
+            "head": [s(64, 1, 4, 3, 128), s(128, 1, 8, 6)] if wide else [s(128, 1, 8, 2, 128), s(64, 1, 4, 3, 128)],
+        }
     elif rows <= 64:
         chosen = {
-            "qkv": [s(128, 1, 8, 3, 128), s(128, 1, 4, 6), "library"] if wide else ["library", s(64, 2, 4, 2, 256)],
-            "o": [s(64, 2, 4, 4, 128) if wide else s(64, 2, 4, 2, 256), s(64, 4, 4, 3, 128), "library"],
-            "gate_up": [s(128, 1, 8, 2, 128) if wide else s(64, 1, 4, 3, 128), s(32, 1, 4, 4), s(64, 1, 4, 4)],
-            "down": [s(64, 4, 4, 3, 128) if wide else s(64, 3, 4, 4, 128), s(64, 4, 4, 4, 128), s(64, 4, 4, 2, 256)],
-            "head": [s(64, 1, 4, 4), s(64, 1, 4, 3, 128)] if wide else [s(128, 1, 8, 2, 128), s(128, 1, 8, 3)],
+            "qkv": [s(128, 1, 8, 4, 128), s(128, 1, 8, 3, 128), "library"] if wide else ["library"],
+            "o": [s(64, 1, 4, 4, 128), s(64, 2, 4, 3, 256)] if wide else [s(64, 3, 4, 4, 128), s(64, 3, 4, 2, 256)],
+            "gate_up": [s(128, 1, 8, 2, 128), s(64, 1, 4, 3, 128)] if wide else [s(64, 1, 4, 3, 128), s(64, 1, 4, 4, 128)],
+            "down": [s(64, 4, 4, 3, 128), s(64, 2, 4, 3, 256)] if wide else [s(64, 3, 4, 3, 256), s(64, 3, 4, 4, 128)],
+            "head": [s(64, 1, 4, 4), s(64, 1, 4, 3, 128)] if wide else [s(128, 1, 8, 2, 128), s(64, 1, 4, 3, 128)],
         }
     else:
         chosen = {
             "qkv": [s(128, 1, 8, 3, 128), "library"] if wide else ["library"],
             "o": [s(64, 2, 8, 4, 128), "library"] if wide else ["library"],
-            "gate_up": [s(128, 1, 8, 2, 128), s(128, 1, 8, 3)] if wide else [s(32, 1, 8, 4), s(64, 1, 8, 4)],
-            "down": [s(64, 2, 8, 6), s(64, 2, 8, 4, 128)] if wide else [s(64, 4, 8, 4, 128), "library", s(64, 4, 8, 3, 128)],
-            "head": [s(64, 1, 8, 3), s(128, 1, 8, 2, 128)],
+            "gate_up": [s(128, 1, 8, 2, 128), s(64, 1, 8, 3, 128)] if wide else [s(32, 1, 8, 4), s(64, 1, 8, 3, 128)],
+            "down": [s(64, 2, 8, 4, 128), s(64, 2, 8, 6)] if wide else [s(64, 3, 8, 4, 128), s(64, 4, 8, 4, 128), "library"],
+            "head": [s(64, 1, 8, 3), s(128, 1, 8, 2, 128)] if wide else [s(64, 1, 8, 2, 256), s(64, 1, 8, 3, 128)],
         }
     return chosen[op] + found
 
@@ -221,33 +219,42 @@ def attention_candidates(config: ModelConfig, rows: int) -> list[SplitTiles]:
         return [SplitTiles(512, 128, 4, 3) if config.head_dim <= 64 else SplitTiles(128, keys, 4, 2)]
     if config.head_dim <= 64:
         if rows <= 32:
-            return [SplitTiles(512, 64, 8, 3, 512), SplitTiles(512, 128, 4, 5, 256), SplitTiles(512, 128, 4, 5)]
+            return [SplitTiles(512, 64, 8, 3, 512), SplitTiles(512, 128, 4, 5, 256)]
         if rows <= 64:
-            return [SplitTiles(512, 64, 2, 7), SplitTiles(512, 32, 1, 7), SplitTiles(512, 128, 4, 5)]
-        return [SplitTiles(512, 32, 1, 6, 16), SplitTiles(512, 32, 1, 7), SplitTiles(512, 64, 2, 7)]
+            return [SplitTiles(512, 64, 2, 7), SplitTiles(512, 128, 4, 5)]
+        return [SplitTiles(512, 32, 1, 6, 16), SplitTiles(512, 32, 1, 7)]
     if config.head_dim <= 128:
         if rows == 1:
             return [SplitTiles(128, 64, 8, 1, 128), SplitTiles(256, 64, 8, 5, 256), SplitTiles(128, 64, 4, 2)]
-        return [SplitTiles(512, 32, 4, 5, 64), SplitTiles(512, 32, 4, 7), SplitTiles(512, 32, 4, 5), SplitTiles(128, 64, 4, 2)]
+        if rows <= 8:
+            return [SplitTiles(512, 32, 8, 6, 64), SplitTiles(512, 64, 8, 4, 128), SplitTiles(128, 64, 4, 2)]
+        if rows <= 32:
+            return [SplitTiles(512, 32, 1, 4, 32), SplitTiles(512, 64, 4, 4, 128)]
+        return [SplitTiles(512, 32, 1, 4, 16), SplitTiles(512, 32, 2, 4, 32)]
     return [SplitTiles(128, 32, 4, 2)]
 
 
 def far_candidates(config: ModelConfig, rows: int) -> list[SplitTiles]:
-    """The same for contexts beyond NEAR: few rows need several programs for one of them, for many they may be longer."""
+    """The same for contexts beyond NEAR: few rows need several programs for one of them, for many they may be longer (128
+    rows of TinyLlama with 1,024 keys: a step of 8 layers in 904 us, with 512 keys a program 994)."""
     near = attention_candidates(config, rows)
     if not has_wgmma() or config.head_dim > 128:
         return near
     if config.head_dim <= 64:
+        if rows == 1:
+            return [SplitTiles(256, 64, 8, 3, 256), SplitTiles(128, 64, 4, 5), near[0]]
         if rows <= 8:
-            found = [SplitTiles(256, 64, 8, 3, 256), SplitTiles(128, 64, 4, 5)]
-        elif rows <= 32:
-            found = [SplitTiles(512, 64, 8, 3, 512), SplitTiles(256, 64, 4, 5)]
-        else:
-            found = [SplitTiles(1024, 64, 2, 7), SplitTiles(1024, 128, 4, 5)]
-    else:
-        few = [SplitTiles(128, 64, 8, 1, 128), SplitTiles(256, 64, 8, 5, 256)]
-        found = few if rows == 1 else [SplitTiles(512, 32, 4, 7), SplitTiles(1024, 32, 4, 7)]
-    return list(dict.fromkeys([*found, near[0]]))
+            return [near[0], SplitTiles(256, 64, 8, 3, 256)]
+        if rows <= 16:
+            return [SplitTiles(256, 64, 4, 5, 128), near[0]]
+        if rows <= 32:
+            return [SplitTiles(512, 32, 1, 6, 16), near[0]]
+        return [SplitTiles(2048, 32, 1, 6, 16), SplitTiles(512, 64, 4, 4, 128)]
+    if rows == 1:
+        return [SplitTiles(128, 64, 8, 1, 128), SplitTiles(256, 64, 8, 5, 256)]
+    if rows <= 16:
+        return [SplitTiles(512, 32, 1, 4, 32), SplitTiles(256, 32, 4, 5, 64)]
+    return [SplitTiles(2048, 32, 1, 4, 16), SplitTiles(512, 32, 1, 4, 32)]
 
 
 def shared_candidates(config: ModelConfig, rows: int) -> list[int]:

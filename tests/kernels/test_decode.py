@@ -2,10 +2,12 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from model_core.dispatch.tiles import attention_candidates, far_candidates
 from model_core.kernels.decode.attention import SplitSpace, SplitTiles, attention, attention_torch
 from model_core.kernels.decode.embed import embed, embed_torch, write_stream_torch
 from model_core.kernels.decode.gate_up import gate_up, gate_up_library, gate_up_tiles, gate_up_torch
@@ -145,7 +147,8 @@ def test_products_in_registers(device, close, kind, tiles):
 
 
 @pytest.mark.skipif(not GPU or torch.cuda.get_device_capability()[0] != 9, reason="wgmma is Hopper's")
-@pytest.mark.parametrize("tiles", [StreamTiles(64, 1, 4, 2), StreamTiles(64, 4, 4, 1), StreamTiles(64, 2, 4, 1, 128)])
+@pytest.mark.parametrize("tiles", [StreamTiles(64, 1, 4, 2), StreamTiles(64, 4, 4, 1), StreamTiles(64, 2, 4, 1, 128),
+                                   StreamTiles(64, 1, 4, 1, 256)])
 @pytest.mark.parametrize("count", [3, 20, 128])
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_products_in_a_stream(device, close, kind, count, tiles):
@@ -177,7 +180,7 @@ def test_products_in_a_stream(device, close, kind, count, tiles):
     gate_up_torch(case.x[again], case.gain, case.w_gate_up, expected, eps=EPS)
     for rows_of_half in (64, 32):
         gate_up_tiles(case.stream(case.x[again]), case.w_gate_up, out, eps=EPS, pdl=case.pdl, space=case.space,
-                      tiles=replace(tiles, rows=rows_of_half, chunk=tiles.chunk if rows_of_half == 64 else 64))  # fmt: skip
+                      tiles=replace(tiles, rows=rows_of_half))  # fmt: skip
         close(out, expected, bound(dtype))
     logits, exact = (torch.empty(count, 256, device=device) for _ in range(2))
     head_tiles(case.stream(case.x[again]), case.w_head[:256], logits, eps=EPS, tiles=replace(tiles, splits=1), pdl=case.pdl)
@@ -210,6 +213,28 @@ def test_attention(device, dtype, close, window, tiles, heads, kv_heads):
         attention_torch(*inputs, expected, case.rows, case.state, scale=0.2, window=window)
         close(out, expected, 60 if dtype == torch.float32 else 4, 1.0)
         assert (space.arrived == 0).all()
+
+
+@pytest.mark.skipif(not GPU or torch.cuda.get_device_capability()[0] != 9, reason="what is chosen on a Hopper")
+@pytest.mark.parametrize("heads,kv_heads,dim", [(8, 1, 64), (2, 2, 128), (8, 2, 128)])
+def test_attention_as_it_is_divided(device, close, heads, kv_heads, dim):
+    """By every division that calibration may choose for these heads, also contexts that are near its edges."""
+    config = SimpleNamespace(head_dim=dim)
+    chosen = {tiles for rows in (1, 8, 16, 32, 64, 256) for of in (attention_candidates, far_candidates)
+              for tiles in of(config, rows)}  # fmt: skip
+    assert len(chosen) > 8
+    case = Case(torch.bfloat16, device, heads=heads, kv_heads=kv_heads, dim=dim)
+    space = SplitSpace.empty(3, heads, kv_heads, dim, device)
+    for contexts in ([0, 31, 200], [511, 63, 15], [16, 64, 128]):
+        case.state.position[:3] = torch.tensor(contexts)
+        case.fill()
+        expected = torch.empty_like(case.q, dtype=torch.float32)
+        attention_torch(case.q, case.k, case.v, expected, case.rows, case.state, scale=dim**-0.5, window=None)
+        for tiles in chosen:
+            out = torch.empty_like(case.q)
+            attention(case.q, case.k, case.v, out, case.rows, case.state, space, scale=dim**-0.5, window=None, longest=CONTEXT,
+                      tiles=tiles, pdl=case.pdl)  # fmt: skip
+            close(out, expected, 4, 1.0)
 
 
 def test_attention_over_more_keys_than_the_splits_hold(device, dtype, close):

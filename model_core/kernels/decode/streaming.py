@@ -33,9 +33,9 @@ if triton is not None and gl.constexpr is not int:
 
 @dataclass(frozen=True)
 class StreamTiles:
-    """rows: rows of W per program (of each half where there are pairs), a multiple of 64, or 32 of each half; splits: programs
-    along K; warps: 4 or 8; stages: tiles in flight; chunk: columns of a tile, a multiple of 64
-    (128 bytes, what TMA swizzles)."""
+    """rows: rows of W per program (of each half where there are pairs), a multiple of 64, or 32 of each half of gate and up;
+    splits: programs along K; warps: 4 or 8; stages: tiles in flight; chunk: columns of a tile, a multiple of 64 (a panel of 128
+    bytes, what TMA swizzles)."""
 
     rows: int
     splits: int
@@ -46,7 +46,7 @@ class StreamTiles:
     def divides(self, width: int) -> bool:
         """Whether K = width columns fall into whole tiles, at least `stages` for every split: none may be asked for in vain."""
         turns = width // self.chunk
-        if width % self.chunk or (self.rows < 64 and self.chunk > 64):  # halves of a tile meet in blocks of 64 columns only
+        if width % self.chunk:
             return False
         return turns - (self.splits - 1) * cdiv(turns, self.splits) >= self.stages
 
@@ -61,9 +61,10 @@ class StreamTiles:
 def descriptors(weight: torch.Tensor, x: torch.Tensor, tiles: StreamTiles) -> tuple[Any, Any]:
     """What TMA must know of W [N, K] and x [M, K]; rows of x past M read as zeros."""
     found = []
-    for tensor, rows in ((weight, tiles.rows), (x, columns(x.shape[0]))):
-        layout = gl.NVMMASharedLayout.get_default_for([rows, tiles.chunk], _element(tensor.dtype))
-        found.append(TensorDescriptor.from_tensor(tensor, [rows, tiles.chunk], layout))
+    chunk = tiles.chunk if tiles.rows >= 64 else 64  # of W: two halves are one tile where they meet in each of its panels
+    for tensor, block in ((weight, [tiles.rows, chunk]), (x, [columns(x.shape[0]), tiles.chunk])):
+        layout = gl.NVMMASharedLayout.get_default_for(block, _element(tensor.dtype))
+        found.append(TensorDescriptor.from_tensor(tensor, block, layout))
     return found[0], found[1]
 
 
@@ -72,25 +73,34 @@ def _element(dtype: torch.dtype) -> Any:
 
 
 @gluon_jit
+def _ask_w(w_desc, ws, bar, first, other, at, stage, PANELS: gl.constexpr, PAIR: gl.constexpr, more=True):
+    """Columns `at`.. of both halves, into the buffers of a stage: panel by panel, in each the halves one behind the other."""
+    PAIRS: gl.constexpr = 2 if PAIR else 1
+    for panel in gl.static_range(PANELS):
+        to, column = (stage * PANELS + panel) * PAIRS, at + panel * w_desc.block_type.shape[1]
+        tma.async_copy_global_to_shared(w_desc, [first, column], bar, ws.index(to), pred=more)
+        if PAIR:
+            tma.async_copy_global_to_shared(w_desc, [other, column], bar, ws.index(to + 1), pred=more)
+
+
+@gluon_jit
 def _begin(
     w_desc, x_desc, first, other, split,
     K: gl.constexpr, BM: gl.constexpr, R: gl.constexpr, SPLITS: gl.constexpr, STAGES: gl.constexpr, PAIR: gl.constexpr,
 ):  # fmt: skip
     """Buffers, and the first STAGES tiles of W on their way into them."""
-    BK: gl.constexpr = w_desc.block_type.shape[1]
+    BK: gl.constexpr = x_desc.block_type.shape[1]
+    PANELS: gl.constexpr = BK // w_desc.block_type.shape[1]
     SHARE: gl.constexpr = (K + SPLITS * BK - 1) // (SPLITS * BK)
     PAIRS: gl.constexpr = 2 if PAIR else 1
-    ws = gl.allocate_shared_memory(w_desc.dtype, [STAGES * PAIRS, R, BK], w_desc.layout)
+    ws = gl.allocate_shared_memory(w_desc.dtype, [STAGES * PAIRS * PANELS, R, BK // PANELS], w_desc.layout)
     xs = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BM, BK], x_desc.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
         mbarrier.init(bars.index(s), count=1)
     for s in gl.static_range(STAGES):
-        at = (split * SHARE + s) * BK
         mbarrier.expect(bars.index(s), (R * PAIRS + BM) * BK * 2)
-        tma.async_copy_global_to_shared(w_desc, [first, at], bars.index(s), ws.index(s * PAIRS))
-        if PAIR:
-            tma.async_copy_global_to_shared(w_desc, [other, at], bars.index(s), ws.index(s * PAIRS + 1))
+        _ask_w(w_desc, ws, bars.index(s), first, other, (split * SHARE + s) * BK, s, PANELS, PAIR)
     return ws, xs, bars
 
 
@@ -110,7 +120,8 @@ def _product(
     PAIR: gl.constexpr,
 ):  # fmt: skip
     """(W[first..] @ x.T, W[other..] @ x.T if PAIR) over this split's share of K, float32 [R, BM] in layout E."""
-    BK: gl.constexpr = w_desc.block_type.shape[1]
+    BK: gl.constexpr = x_desc.block_type.shape[1]
+    PANELS: gl.constexpr = BK // w_desc.block_type.shape[1]
     SHARE: gl.constexpr = (K + SPLITS * BK - 1) // (SPLITS * BK)
     PAIRS: gl.constexpr = 2 if PAIR else 1
     JOINT: gl.constexpr = R < 64  # both halves in one tile of wgmma's height
@@ -138,9 +149,7 @@ def _product(
         more = turn + STAGES < turns
         at = (begin + turn + STAGES) * BK
         mbarrier.expect(bars.index(stage), (R * PAIRS + BM) * BK * 2, pred=more)
-        tma.async_copy_global_to_shared(w_desc, [first, at], bars.index(stage), ws.index(stage * PAIRS), pred=more)
-        if PAIR:
-            tma.async_copy_global_to_shared(w_desc, [other, at], bars.index(stage), ws.index(stage * PAIRS + 1), pred=more)
+        _ask_w(w_desc, ws, bars.index(stage), first, other, at, stage, PANELS, PAIR, more)
         tma.async_copy_global_to_shared(x_desc, [m0, at], bars.index(stage), xs.index(stage), pred=more)
     for s in gl.static_range(STAGES):
         mbarrier.invalidate(bars.index(s))
