@@ -57,6 +57,20 @@ class Scored(NamedTuple):
     start: int
     count: int  # type: ignore[assignment]  # hides tuple.count
 
+    @classmethod
+    def of(cls, chunks: list[Scheduled]) -> list[Scored]:
+        """What of these chunks is scored: each position once, also of a prompt that is computed again after a
+        preemption. Counts it in `Sequence.scored`."""
+        found = []
+        for index, (seq, start, count, _) in enumerate(chunks):
+            if seq.scored < seq.to_score:
+                first, end = max(start, seq.scored), min(start + count, seq.to_score)
+                assert start <= seq.scored, "a prefix hit has hidden logits"
+                if first < end:
+                    found.append(cls(seq, index, first, end - first))
+                    seq.scored = end
+        return found
+
     def rows(self, chunk_start: int, first: int) -> range:
         """Their rows in a batch, where the chunk begins with position `chunk_start` in row `first`."""
         return range(first + self.start - chunk_start, first + self.start - chunk_start + self.count)

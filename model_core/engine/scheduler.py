@@ -21,9 +21,7 @@ Steps ahead. `schedule` may be called again before the plans before it are commi
 while the device does. The token that a step in flight will sample is then counted in `total` but not known;
 max_tokens is, so no step is scheduled past it. Of a sequence with a grammar one such token may be unknown, not two: it is
 known when the step that follows it is sampled, if not when that is launched (runner.InFlight.rest). A step that was
-scheduled past a stop is computed and its result dropped. Pages and slot of a sequence that left are released when the
-last plan that uses them is committed. A page enters the prefix index once the device has been given the plan that fills it:
-plans run in order, so who finds the page there reads it after it was written.
+scheduled past a stop is computed and its result dropped.
 """
 
 from __future__ import annotations
@@ -32,11 +30,12 @@ import time
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable
-from heapq import heapify, heappop, heappush
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from model_core.cache.pages import PagePool
+from model_core.engine.holdings import Holdings
+from model_core.engine.line import Line
 from model_core.engine.plan import Limits, Scheduled, Scored, StepPlan, check_request
 from model_core.engine.request import FinishReason, Request
 from model_core.engine.sequence import Reason, Sequence, State
@@ -63,13 +62,11 @@ class Scheduler:
         self._eos_ids = frozenset(eos_ids)
         self._live: dict[str, Sequence] = {}
         self._running: list[Sequence] = []  # by rank
-        self._queue: list[tuple[tuple[int, int], Sequence]] = []  # heap by rank; finished ones are skipped when met
-        self._leaving: set[Sequence] = set()  # not running, but plans in flight still use their pages
-        self._slots = list(range(limits.max_seqs))  # heap of the free ones
+        self._line = Line()
+        self._holdings = Holdings(pool, limits.max_seqs)
         self._plans: deque[StepPlan] = deque()  # scheduled and not committed, oldest first
         self._stalled: list[Sequence] = []  # those with a reason
         self._preempted: list[str] = []  # since the last plan
-        self._head: tuple[Sequence, int] | None = None  # head of the queue and how many pages it waits for
         self._arrivals = 0
         self.constrained = 0  # live sequences with a grammar
         self._steps = 0
@@ -80,7 +77,7 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        return len(self._live) - len(self._running)
+        return len(self._line)
 
     @property
     def in_flight(self) -> int:
@@ -111,7 +108,7 @@ class Scheduler:
         self.constrained += seq.matcher is not None
         self._arrivals += 1
         self._live[request.request_id] = seq
-        heappush(self._queue, (seq.rank, seq))
+        self._line.push(seq)
         return seq
 
     def abort(self, request_id: str) -> bool:
@@ -126,9 +123,6 @@ class Scheduler:
         seq = self._live.get(request_id)
         if seq is not None:
             self._end(seq, reason)
-            if len(self._queue) > 2 * self.waiting + 64:  # aborted ones behind a head that waits: drop them in bulk
-                self._queue = [item for item in self._queue if item[1].finish is None]
-                heapify(self._queue)
         return seq
 
     def preempt(self, request_id: str) -> bool:
@@ -178,7 +172,7 @@ class Scheduler:
         admitted = self._admit(left, chunks) if not short else []
         if not decodes and not chunks:
             return None
-        plan = StepPlan(self._steps, decodes, starts, chunks, admitted, grown, self._preempted, _scored(chunks))
+        plan = StepPlan(self._steps, decodes, starts, chunks, admitted, grown, self._preempted, Scored.of(chunks))
         self._preempted = []
         self._steps += 1
         self._plans.append(plan)
@@ -188,7 +182,7 @@ class Scheduler:
         """The device will do `plan`, before any later one: prompts that come now may share its pages. Optional: `commit` does
         it too, but then the first token waits for it (2.5 us a page)."""
         for seq, start, count, _ in plan.chunks:  # a last token may be known to the device alone
-            self._index(seq, min(start + count, len(seq.tokens)) // self.pool.page_size)
+            self._holdings.index(seq, min(start + count, len(seq.tokens)) // self.pool.page_size)
 
     def commit(self, plan: StepPlan, tokens: list[int]) -> list[Sequence]:
         """The device has done `plan`, the oldest in flight. Returns the sequences that ended by it.
@@ -204,11 +198,11 @@ class Scheduler:
         for seq, start in zip(plan.decodes, plan.starts, strict=True):
             seq.in_flight -= 1
             if not (start + 1) % page_size and seq.finish is None:
-                self._index(seq, (start + 1) // page_size)
+                self._holdings.index(seq, (start + 1) // page_size)
         for seq, start, count, _ in plan.chunks:
             seq.in_flight -= 1
             if seq.finish is None:
-                self._index(seq, (start + count) // page_size)
+                self._holdings.index(seq, (start + count) // page_size)
         ended, generated = [], 0
         for seq, token in zip(plan.sampling, tokens, strict=True):
             if seq.finish is None:
@@ -219,11 +213,9 @@ class Scheduler:
                     self._end(seq, reason)
                     ended.append(seq)
         self.generation_tokens += generated
-        if self._leaving:
-            for seq in (*plan.decodes, *(chunk.seq for chunk in plan.chunks)):
-                if not seq.in_flight and seq in self._leaving:
-                    self._release(seq)
-        if not self._live and not self._leaving and self.pool.used:
+        if self._holdings.leaving:
+            self._holdings.settle((*plan.decodes, *(chunk.seq for chunk in plan.chunks)))
+        if not self._live and not self._holdings.leaving and self.pool.used:
             raise RuntimeError(f"{self.pool.used} KV pages leaked: no sequence is left and they are still in use")
         return ended
 
@@ -233,18 +225,12 @@ class Scheduler:
 
     def check(self) -> None:
         """Compare every structure with every other; AssertionError on a difference. For tests: costs O(pages)."""
-        everyone = [*self._live.values(), *(seq for seq in self._leaving if seq.finish is not None)]
-        self.pool.check(seq.block_table for seq in everyone)
+        everyone = [*self._live.values(), *(seq for seq in self._holdings.leaving if seq.finish is not None)]
+        self._holdings.check(everyone)
         uses = [seq for plan in self._plans for seq in {entry.seq for entry in plan.entries}]
-        for seq in everyone:
-            seq.check(self.pool.page_size)
-            assert seq.in_flight == uses.count(seq)
-            assert (seq in self._leaving) == (seq.state is not State.RUNNING and seq.in_flight > 0)
-        assert self._running == sorted((s for s in everyone if s.state is State.RUNNING), key=_rank)
-        queued = sorted((seq for _, seq in self._queue if seq.finish is None), key=_rank)
-        assert queued == sorted((s for s in everyone if s.state is State.WAITING), key=_rank)
-        slots = [seq.slot for seq in everyone if seq.slot is not None]
-        assert sorted(slots + self._slots) == list(range(self.limits.max_seqs)), "a slot is lost or held twice"
+        assert all(seq.in_flight == uses.count(seq) for seq in everyone)
+        assert self._running == sorted((seq for seq in everyone if seq.state is State.RUNNING), key=_rank)
+        self._line.check(seq for seq in everyone if seq.state is State.WAITING)
 
     def _stall(self, seq: Sequence, reason: Reason) -> None:
         seq.reason = reason
@@ -271,7 +257,7 @@ class Scheduler:
         them would gain nothing.
         """
         while (pages := self.pool.allocate(1)) is None:
-            if sum(self.pool.exclusive(gone.block_table) for gone in self._leaving) > short:
+            if self._holdings.coming > short:
                 return False
             if self._running[-1] is seq:
                 return False
@@ -280,27 +266,20 @@ class Scheduler:
         return True
 
     def _admit(self, left: int, chunks: list[Scheduled]) -> list[Sequence]:
-        """Move sequences from the queue to running while slots, tokens and pages last."""
+        """Move sequences from the line to running while slots, tokens and pages last."""
         admitted: list[Sequence] = []
-        while self._queue:
-            seq = self._queue[0][1]
-            if seq.finish is not None:
-                heappop(self._queue)
-                continue
+        while (seq := self._line.head()) is not None:
             if seq.in_flight:
                 reason = Reason.IN_FLIGHT
-            elif not self._slots:
+            elif not self._holdings.has_slot:
                 reason = Reason.SLOTS
             elif not left:
                 reason = Reason.TOKEN_BUDGET
-            elif not self._take_pages(seq):
+            elif not self._holdings.take(seq, spare=len(self._running)):
                 reason = Reason.NO_PAGES
             else:
-                heappop(self._queue)
-                seq.slot = heappop(self._slots)
-                seq.state = State.RUNNING
-                seq.admissions += 1
-                insort(self._running, seq, key=_rank)
+                self._line.pop()
+                self._start(seq)
                 admitted.append(seq)
                 left -= self._chunk(seq, left, chunks)
                 continue
@@ -308,46 +287,21 @@ class Scheduler:
             break
         return admitted
 
-    def _take_pages(self, seq: Sequence) -> bool:
-        """Pages for all known tokens of a waiting sequence, as many as possible from the prefix index."""
-        pool = self.pool
-        room = pool.available - len(self._running)
-        if self._head is not None and self._head[0] is seq and room < self._head[1]:
-            return False  # too little was freed since it was looked at: do not walk a long prompt again every step
-        # What is found is not computed, so there would be no logits of it: nothing may be before they were there once.
-        findable = seq.tokens[: seq.scored + 1] if seq.to_score else seq.tokens
-        hits, node = pool.match(findable, seq.request.cache_salt.encode())
-        fresh = pool.pages_for(seq.total) - len(hits)
-        needed = fresh + pool.cost(hits)
-        if needed > room:
-            self._head = (seq, needed)
-            return False
-        self._head = None
-        pool.acquire(hits)
-        pages = pool.allocate(fresh)
-        assert pages is not None
-        seq.block_table = hits + pages
-        seq.computed = len(hits) * pool.page_size
-        seq.indexed, seq.node = len(hits), node
+    def _start(self, seq: Sequence) -> None:
         if not seq.admissions:
             seq.admitted_at = time.perf_counter()
             seq.cached_tokens = seq.computed
             self.prefix_queries += 0 if seq.to_score else seq.num_prompt
             self.prefix_hits += seq.cached_tokens
             self.prompt_tokens += seq.num_prompt
-        return True
-
-    def _index(self, seq: Sequence, full: int) -> None:
-        """Tell the prefix index that the first `full` pages of a sequence are written."""
-        size = self.pool.page_size
-        for page in range(seq.indexed, full):
-            seq.node = self.pool.insert(seq.node, seq.tokens[page * size : (page + 1) * size], seq.block_table[page])
-        seq.indexed = max(seq.indexed, full)
+        seq.admissions += 1
+        seq.state = State.RUNNING
+        insort(self._running, seq, key=_rank)
 
     def _preempt(self, seq: Sequence) -> None:
         self._stop_running(seq, State.WAITING)
         self._stall(seq, Reason.NO_PAGES)
-        heappush(self._queue, (seq.rank, seq))
+        self._line.push(seq)
         self.preemptions += 1
         self._preempted.append(seq.request_id)
 
@@ -359,33 +313,11 @@ class Scheduler:
             self.pool.forget(seq.block_table)
         if seq.state is State.RUNNING:
             self._stop_running(seq, State.FINISHED)
-        seq.state = State.FINISHED
+        else:
+            seq.state = State.FINISHED
+            self._line.left()
 
     def _stop_running(self, seq: Sequence, state: State) -> None:
         del self._running[bisect_left(self._running, seq.rank, key=_rank)]
         seq.state = state
-        if seq.in_flight:
-            self._leaving.add(seq)
-        else:
-            self._release(seq)
-
-    def _release(self, seq: Sequence) -> None:
-        """Give back pages and slot of a sequence that no plan uses any more."""
-        assert seq.slot is not None and not seq.in_flight
-        self._leaving.discard(seq)
-        heappush(self._slots, seq.slot)
-        self.pool.release(seq.block_table)
-        seq.slot, seq.block_table, seq.computed, seq.indexed, seq.node = None, [], 0, 0, None
-
-
-def _scored(chunks: list[Scheduled]) -> list[Scored]:
-    """What of these chunks is scored: each position once, also of a prompt that is computed again after a preemption."""
-    found = []
-    for index, (seq, start, count, _) in enumerate(chunks):
-        if seq.scored < seq.to_score:
-            first, end = max(start, seq.scored), min(start + count, seq.to_score)
-            assert start <= seq.scored, "a prefix hit has hidden logits"
-            if first < end:
-                found.append(Scored(seq, index, first, end - first))
-                seq.scored = end
-    return found
+        self._holdings.leave(seq)

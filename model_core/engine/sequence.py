@@ -33,7 +33,7 @@ class Reason(Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Tokens and how far they are computed. Only the scheduler writes these fields.
+    """Tokens and how far they are computed. Only the scheduler and what it is made of write these fields.
 
     tokens          prompt and output ids that the host knows
     total           len(tokens), plus one for each token that a step in flight will sample

@@ -342,7 +342,7 @@ def test_aborted_requests_behind_a_waiting_head_are_forgotten() -> None:
     for i in range(1000):
         scheduler.add(request(f"c{i}", 3))
         scheduler.abort(f"c{i}")
-    assert len(scheduler._queue) < 200 and scheduler.waiting == 1
+    assert len(scheduler._line._heap) < 200 and scheduler.waiting == 1
     drain(scheduler)
 
 
