@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from model_core.engine.clock import MOST_AHEAD, Span
 from model_core.engine.config import EngineConfig
 from model_core.engine.load import Parts, load_parts
+from model_core.engine.outbox import Outbox
 from model_core.engine.plan import StepPlan, check_request
 from model_core.engine.records import Launched, StepRecord, StepRing, us
-from model_core.engine.request import EngineInfo, EngineStats, FinishReason, PromptLogprobs, Request, TokenEvent
-from model_core.engine.sequence import Sequence
+from model_core.engine.request import EngineInfo, EngineStats, FinishReason, Request, TokenEvent
 from model_core.engine.validate import validate
 from model_core.errors import EngineDead, RequestError
 from model_core.threads import yield_to_others
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("mini_llm.engine")
 
-_event: Callable[[tuple[object, ...]], TokenEvent] = partial(tuple.__new__, TokenEvent)  # of 256: 108 us, TokenEvent() 170
 OnStep = Callable[[list[TokenEvent]], None]
 _PAUSE_US = 5000  # for which another thread may keep the interpreter to itself (sys.getswitchinterval)
 _MAX_FAILED_STEPS = 3  # in a row; after that the fault is the engine's, not a request's
@@ -64,7 +63,7 @@ class Engine:
         self._closed = False
         self._thread: threading.Thread | None = None
         self._on_step: OnStep = lambda events: None
-        self._events: list[TokenEvent] = []
+        self._outbox = Outbox(parts.scheduler)
         self._left: set[str] = set()  # aborted, and the thread has not read it yet
         self._stopping = False
         self._progress_at = time.monotonic()
@@ -180,7 +179,7 @@ class Engine:
                 item = self._inbox.get()
                 unread += [item[0].request_id] if isinstance(item, tuple) else []
         for request_id in [*self.parts.scheduler.reasons(), *unread]:
-            self._events.append(TokenEvent(request_id, [], reason, error=self.failure and f"engine: {self.failure}"))
+            self._outbox.last(request_id, reason, self.failure and f"engine: {self.failure}")
         try:
             self._flush()
         except Exception:  # what failed may have been on_step itself
@@ -204,11 +203,7 @@ class Engine:
                 self._add(*item)
             elif item is not None:
                 self._left.discard(item)
-                self._abort(item)
-
-    def _abort(self, request_id: str) -> None:
-        if self.parts.scheduler.abort(request_id):
-            self._events.append(TokenEvent(request_id, [], "abort"))
+                self._outbox.end(item, "abort")
 
     def _add(self, request: Request, grammar: Compiled | None) -> None:
         try:
@@ -254,7 +249,7 @@ class Engine:
             flight = self.parts.runner.launch(plan, partial(self._proceed, plan))
         except _Abandoned:
             for entry in plan.entries:
-                self._abort(entry.seq.request_id)
+                self._outbox.end(entry.seq.request_id, "abort")
             s.discard(plan)
             return False
         except Exception as error:
@@ -288,30 +283,11 @@ class Engine:
             return
         waited = time.perf_counter()
         self.stage = f"emitting step {step}"
-        sampling = flight.plan.sampling
-        self._tell_scored(scored)
-        for seq, token in zip(sampling, tokens, strict=True):
-            if token < 0 and seq.finish is None:
-                self._fail(seq.request_id, seq.why_none(token))
-        ended = set(self.parts.scheduler.commit(flight.plan, tokens))
-        events = [_event((seq.request_id, [token], seq.finish, logprobs.get(place), None, 0, None, None))
-                  for place, (seq, token) in enumerate(zip(sampling, tokens, strict=True))
-                  if seq.finish is None or seq in ended]  # others have had their last event
-        if firsts := {seq.request_id: seq for seq in sampling if len(seq.tokens) == seq.num_prompt + 1}:
-            events = [firsts[event.request_id].first(event) if event.request_id in firsts else event for event in events]
-        self._events += events
+        self._outbox.commit(flight.plan, tokens, logprobs, scored)
         self.records.append(launched.finished(waited - began, time.perf_counter() - waited))
         self._steps += 1
         self._failed_steps = 0
         self._progress_at = time.monotonic()
-
-    def _tell_scored(self, scored: list[tuple[Sequence, PromptLogprobs | None]]) -> None:
-        """Events of prompts' log-probabilities; before those of the step's tokens."""
-        for seq, prompt in scored:
-            if seq.finish is None and prompt is None:
-                self._fail(seq.request_id, "the model produced logits that are not finite numbers")
-            elif seq.finish is None:
-                self._events.append(TokenEvent(seq.request_id, [], prompt=prompt))
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
         """A step raised: its sequences end with an error, the others go on, unless it happens again and again."""
@@ -321,14 +297,9 @@ class Engine:
             raise error  # a CUDA error is sticky: only a new process recovers
         for entry in plan.entries:
             if entry.seq.finish is None:
-                self._fail(entry.seq.request_id, f"the step that computed this request failed: {error}")
+                self._outbox.end(entry.seq.request_id, "error", f"the step that computed this request failed: {error}")
         self.parts.scheduler.discard(plan)
 
-    def _fail(self, request_id: str, message: str) -> None:
-        self.parts.scheduler.finish(request_id, "error")
-        self._events.append(TokenEvent(request_id, [], "error", error=message))
-
     def _flush(self) -> None:
-        if self._events:
-            events, self._events = self._events, []
+        if events := self._outbox.take():
             self._on_step(events)
