@@ -229,7 +229,7 @@ class Dictation:
         self._times.clear()
         self._done.clear()
         for name in list(self.texts)[-len(texts) :]:
-            self.engine._inbox.put((self.engine._seeded(Request(name, list(range(100, 116)), params)), compiled))
+            self.engine._inbox.submit(self.engine._seeded(Request(name, list(range(100, 116)), params)), compiled)
         while not self._done.wait(1.0):
             assert self.engine.alive, self.engine.failure
         while self.engine.parts.scheduler.has_work:

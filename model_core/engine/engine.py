@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import queue
 import random
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from model_core.engine.clock import MOST_AHEAD, Span
 from model_core.engine.config import EngineConfig
+from model_core.engine.inbox import Inbox
 from model_core.engine.load import Parts, load_parts
 from model_core.engine.outbox import Outbox
 from model_core.engine.plan import StepPlan, check_request
@@ -58,13 +58,10 @@ class Engine:
         self.records = StepRing()
         self.stage = "not started"  # what the thread does now, for the watchdog's message
         self.failure: str | None = None
-        self._inbox: queue.SimpleQueue[tuple[Request, Compiled | None] | str | None] = queue.SimpleQueue()
-        self._gate = threading.Lock()
-        self._closed = False
+        self._inbox = Inbox()
+        self._outbox = Outbox(parts.scheduler)
         self._thread: threading.Thread | None = None
         self._on_step: OnStep = lambda events: None
-        self._outbox = Outbox(parts.scheduler)
-        self._left: set[str] = set()  # aborted, and the thread has not read it yet
         self._stopping = False
         self._progress_at = time.monotonic()
         self._step_ms = 0.0
@@ -103,10 +100,8 @@ class Engine:
         if self.parts.scheduler.get(request.request_id) is not None:
             raise RequestError(f"request_id {request.request_id!r} is in use by a live request: ids must be unique",
                                param="request_id", code="duplicate_request_id")
-        with self._gate:  # the thread that ends has answered all that is in the inbox by then, and takes no more
-            if self._closed:
-                raise EngineDead(f"the engine is not running: {self.failure or self.stage}")
-            self._inbox.put((request, grammar))
+        if not self._inbox.submit(request, grammar):
+            raise EngineDead(f"the engine is not running: {self.failure or self.stage}")
 
     def _seeded(self, request: Request) -> Request:
         """With a seed of its own, so that it goes on with the same noise after a preemption."""
@@ -128,13 +123,12 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """End a request; its last event has finish "abort". Unknown ids are ignored."""
-        self._left.add(request_id)
-        self._inbox.put(request_id)
+        self._inbox.abort(request_id)
 
     def stats(self) -> EngineStats:
         s, pool = self.parts.scheduler, self.parts.scheduler.pool
         return EngineStats(
-            running=s.running, waiting=s.waiting + self._inbox.qsize(), pages_total=pool.capacity, pages_free=pool.free,
+            running=s.running, waiting=s.waiting + len(self._inbox), pages_total=pool.capacity, pages_free=pool.free,
             pages_cached=pool.cached, steps=self._steps, prompt_tokens=s.prompt_tokens,
             generation_tokens=s.generation_tokens, prefix_queries=s.prefix_queries, prefix_hits=s.prefix_hits,
             preemptions=s.preemptions, step_ms=self._step_ms,
@@ -149,7 +143,7 @@ class Engine:
     def shutdown(self) -> None:
         """Stop after the step in flight; live requests end with finish "abort"."""
         self._stopping = True
-        self._inbox.put(None)
+        self._inbox.wake()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=60)
         self.parts.grammars.close()
@@ -172,12 +166,7 @@ class Engine:
             self.failure = f"{type(error).__name__}: {error}"
         self.stage = "stopped"
         reason: FinishReason = "error" if self.failure else "abort"
-        unread = []
-        with self._gate:
-            self._closed = True
-            while not self._inbox.empty():
-                item = self._inbox.get()
-                unread += [item[0].request_id] if isinstance(item, tuple) else []
+        unread = self._inbox.close()
         for request_id in [*self.parts.scheduler.reasons(), *unread]:
             self._outbox.last(request_id, reason, self.failure and f"engine: {self.failure}")
         try:
@@ -188,21 +177,15 @@ class Engine:
     def _prepare(self) -> bool:
         """Use an idle moment; requests are looked at between two pieces of such work."""
         self.stage = "preparing"
-        return self._inbox.empty() and self.parts.runner.prepare()
+        return not self._inbox and self.parts.runner.prepare()
 
     def _read_inbox(self, wait: bool) -> None:
         self.stage = "idle" if wait else "reading requests"
-        while True:
-            try:
-                item = self._inbox.get(block=wait)
-            except queue.Empty:
-                return
-            wait = False
+        for item in self._inbox.read(wait):
             self._progress_at = time.monotonic()
             if isinstance(item, tuple):
                 self._add(*item)
-            elif item is not None:
-                self._left.discard(item)
+            else:
                 self._outbox.end(item, "abort")
 
     def _add(self, request: Request, grammar: Compiled | None) -> None:
@@ -231,7 +214,7 @@ class Engine:
         grammar takes part in every step only if the one before is the only other one in flight: its rows are sampled, and
         the next step is launched, when that one's tokens are known."""
         s = self.parts.scheduler
-        if self._inbox.qsize() or s.waiting or s.constrained or not flights or flights[-1].flight.plan.chunks:
+        if self._inbox or s.waiting or s.constrained or not flights or flights[-1].flight.plan.chunks:
             return min(1, self._most_ahead)
         return min(self._most_ahead, max(1, -(-_PAUSE_US // max(1, self.records.gpu_us))))
 
@@ -267,7 +250,7 @@ class Engine:
 
     def _proceed(self, plan: StepPlan) -> None:
         """Between two layers on a CPU, where a step takes long: stop if nobody waits for it any more."""
-        if self._left and all(entry.seq.request_id in self._left for entry in plan.entries):
+        if self._inbox.left and all(entry.seq.request_id in self._inbox.left for entry in plan.entries):
             raise _Abandoned
 
     def _collect(self, launched: Launched) -> None:

@@ -69,7 +69,7 @@ def run(folder, requests, ahead, *, at=None, late=(), pages=64, poison=None, **c
             done.set()
 
     for request in requests:  # before it starts, so that they meet in the first step
-        engine._inbox.put((engine._seeded(request), None))
+        engine._inbox.submit(engine._seeded(request), None)
     engine.start(on_step)
     assert done.wait(100), f"{engine.stage} {engine.failure}"
     engine.shutdown()
@@ -150,7 +150,7 @@ def test_how_many_steps_ahead(folder):
     engine.records.append(record._replace(gpu_us=100))
     assert engine._lookahead([decodes, mixed]) == engine._lookahead([]) == 1
     assert engine._lookahead([mixed, decodes]) == MOST_AHEAD
-    engine._inbox.put((engine._seeded(ask("a", 0)), None))
+    engine._inbox.submit(engine._seeded(ask("a", 0)), None)
     assert engine._lookahead([decodes]) == 1
     engine._read_inbox(wait=False)
     assert engine.parts.scheduler.waiting and engine._lookahead([decodes]) == 1

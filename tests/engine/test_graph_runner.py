@@ -83,7 +83,7 @@ def run(folder, requests, *, tiles=None, abort=None, preempt=None, warm_up=True,
 
     if steps is not None:
         for request in requests:
-            engine._inbox.put((engine._seeded(request), engine.prepare(request)))
+            engine._inbox.submit(engine._seeded(request), engine.prepare(request))
     engine.start(on_step)
     for request in requests if steps is None else []:
         engine.submit(request)
