@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from model_core.grammar.ebnf import NOTHING, Rules, either, joined, repeated
 
+MAX_ITEMS = 1000  # that a bound on their number may name
+
 
 def items(first: list[str], item: str, low: int, high: int | None) -> str:
     """`first`, then low to high times `item`."""
