@@ -27,7 +27,7 @@ def string(part: Part, rules: Rules) -> str:
         kind = node["format"]
         if bounded:
             part.refuse("'format' together with a length", "format")
-        if kind not in FORMATS:
+        if not isinstance(kind, str) or kind not in FORMATS:
             part.refuse(f"format {kind!r}, not one of {', '.join(sorted(FORMATS))},", "format")
         return matching(FORMATS[kind], part, "pattern")
     return rules.add(f'"\\"" {repeated(_PLAIN, low, high)} "\\""' if bounded else STRING)

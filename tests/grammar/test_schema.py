@@ -127,6 +127,7 @@ def test_any_object() -> None:
         ({"type": "string", "pattern": "(?=a)b"}, "#/pattern"),
         ({"type": "string", "pattern": "a", "maxLength": 3}, "#/pattern"),
         ({"type": "string", "format": "regex"}, "#/format"),
+        ({"type": "string", "format": ["date"]}, "#/format"),
         ({"items": {"type": "strnig"}}, "#/items/type"),
         ({"$ref": "#/$defs/no"}, "#/$ref"),
         ({"$ref": "http://x/y"}, "#/$ref"),
