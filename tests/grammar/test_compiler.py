@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.grammar import made_up
+from benchmarks.texts import made_up
 from model_core.errors import CheckpointError, RequestError
 from model_core.grammar.calls import Block, Call, Control, of_answer_or_calls
 from model_core.grammar.compiler import Compiler
