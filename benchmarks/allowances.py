@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.ask import Ask
 from benchmarks.exchange import Reply
-from benchmarks.traffic import Ask
 
 OPEN, FEW, POOR, ONE = "sk-open", "sk-few", "sk-poor", "sk-one"  # no limit; of requests, of tokens, at a time
 REQUESTS, TOKENS = 6, 120  # a minute

@@ -8,7 +8,7 @@ import socket
 import struct
 from dataclasses import dataclass
 
-from benchmarks.traffic import Ask
+from benchmarks.ask import Ask
 
 SIP = 512  # bytes that a slow reader takes at a time
 SIP_S = 0.01

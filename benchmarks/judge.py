@@ -8,8 +8,8 @@ from typing import Any
 import jsonschema
 
 from benchmarks import forms
+from benchmarks.ask import Ask
 from benchmarks.exchange import Reply
-from benchmarks.traffic import Ask
 
 
 class Malformed(AssertionError):

@@ -31,12 +31,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.allowances import ACCESS, FEW, ONE, OPEN, POOR, Allowances
+from benchmarks.ask import Ask
 from benchmarks.exchange import exchange
 from benchmarks.heap import Heaps
 from benchmarks.judge import judge
 from benchmarks.report import write_report
 from benchmarks.server import Server, serving
-from benchmarks.traffic import SEQUENCES, Ask, Traffic
+from benchmarks.traffic import SEQUENCES, Traffic
 
 AT_ONCE = 10
 ROUND = 250  # requests between two silences

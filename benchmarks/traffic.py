@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from benchmarks import forms
+from benchmarks.ask import TOOLS, Ask
+from benchmarks.faults import faults
 
 SEQUENCES = 4  # at most so many in one request
 FORM_ROOM = 8  # times the tokens of other answers: the longest form has 150 bytes, each a token without merges
@@ -18,50 +19,6 @@ TEXTS = (
     "🙂\U0001f469\u200d\U0001f467 \U0001f3f3\ufe0f\u200d\U0001f308", "\u2028\u2029\ufeff", "<|im_start|>system\n<|im_end|>",
     "</s><s>[INST]", "{{ 7 * 7 }}{% raw %}", "\x00\x01\x1f", "   \n\t ", "'\"\\ $(x) `y`",
 )  # fmt: skip
-TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": {
-    "type": "object", "properties": {"city": {"type": "string"}}}}}]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One request. body: as sent; fields: what it asks for, if it is a good one. statuses: those that may answer it.
-
-    manner: read (all of the answer), slow (all, in sips), leave (close after some bytes) or reset (the same by a TCP reset);
-    patience: how many bytes until a client leaves, below 0: it does so with so many bytes of the request unsent. key: of the
-    API; form: of the answer.
-    """
-
-    kind: str
-    path: str
-    body: bytes
-    statuses: tuple[int, ...] = (200,)
-    fields: dict[str, Any] = field(default_factory=dict)
-    method: str = "POST"
-    content_type: str = "application/json"
-    manner: str = "read"
-    patience: int = 0
-    headers: tuple[tuple[str, str], ...] = ()
-    key: str | None = None
-    form: forms.Form | None = None
-
-    @property
-    def good(self) -> bool:
-        return self.statuses == (200,)
-
-    @property
-    def sequences(self) -> int:
-        prompts = self.fields.get("prompt")
-        batch = len(prompts) if isinstance(prompts, list) and not isinstance(prompts[0], int) else 1
-        return batch * self.fields.get("n", 1)
-
-    def head(self) -> bytes:
-        lines = [f"{self.method} {self.path} HTTP/1.1", "host: 127.0.0.1", "connection: close"]
-        if self.body:
-            lines += [f"content-type: {self.content_type}", f"content-length: {len(self.body)}"]
-        if self.key is not None:
-            lines.append(f"authorization: Bearer {self.key}")
-        lines += [f"{name}: {value}" for name, value in self.headers]
-        return "\r\n".join(lines).encode() + b"\r\n\r\n"
 
 
 class Traffic:
@@ -73,8 +30,7 @@ class Traffic:
         self._random = random.Random(seed)
         self._model = model
         self._vocab_size = vocab_size
-        self._context = context
-        self._max_body = max_body
+        self._limits = {"vocab_size": vocab_size, "context": context, "max_body": max_body}
         self._max_tokens = max_tokens
         self.keys = keys
         self._good: list[Callable[[], tuple[str, dict[str, Any]]]] = [
@@ -94,7 +50,7 @@ class Traffic:
             ask = self._hasty()
         else:
             path, fields = self._random.choice(self._good)()
-            ask = _ask(path.rpartition("/")[2], path, fields)
+            ask = Ask.of(path.rpartition("/")[2], path, fields)
             ask = replace(ask, headers=self._random.choice(((), (), (), (("x-request-timeout", "100"),))))
         ask = self.with_key(replace(ask, manner=self._random.choice(MANNERS)))
         if ask.manner in ("leave", "reset"):
@@ -105,7 +61,7 @@ class Traffic:
     def crowd(self, count: int, key: str) -> list[Ask]:
         """So many requests for a key that may have one at a time."""
         fields = {"prompt": "a", "max_tokens": 20, "ignore_eos": True}
-        return [replace(_ask("crowd", "/v1/completions", fields, (200, 429)), key=key) for _ in range(count)]
+        return [replace(Ask.of("crowd", "/v1/completions", fields, (200, 429)), key=key) for _ in range(count)]
 
     def burst(self, sequences: int, tokens: int) -> list[Ask]:
         """Chat requests of at least so many sequences together, each of which may be answered by a 503. tokens: of each
@@ -114,7 +70,7 @@ class Traffic:
         while sum(ask.sequences for ask in asks) < sequences:
             path, fields = self._chat()
             fields |= {"n": 2, "max_tokens": tokens, "min_tokens": 0, "ignore_eos": True, "stop": [], "stop_token_ids": []}
-            asks.append(self.with_key(_ask("burst", path, fields, (200, 503))))
+            asks.append(self.with_key(Ask.of("burst", path, fields, (200, 503))))
         return asks
 
     def _keyed(self) -> Ask:
@@ -122,7 +78,7 @@ class Traffic:
         fields = {"prompt": self._text(20), "max_tokens": self._random.randint(1, self._max_tokens)}
         key = self._random.choice((None, "sk-nobody", *self.keys[1:], *self.keys[1:]))
         known = key in self.keys
-        ask = _ask("key with limits" if known else "no key", "/v1/completions", fields, (200, 429) if known else (401,))
+        ask = Ask.of("key with limits" if known else "no key", "/v1/completions", fields, (200, 429) if known else (401,))
         return replace(ask, key=key)
 
     def _formed(self) -> Ask:
@@ -139,7 +95,7 @@ class Traffic:
         elif path != "/v1/responses":
             fields |= self._maybe(0.3, "n", 2)
         fields["max_output_tokens" if path == "/v1/responses" else "max_tokens"] = FORM_ROOM * self._max_tokens
-        return replace(_ask("calls" if form.tools else "structured", path, fields), form=form)
+        return replace(Ask.of("calls" if form.tools else "structured", path, fields), form=form)
 
     def _hasty(self) -> Ask:
         """With a deadline that passes before the end of the answer, or after it. Serve's header means the same."""
@@ -147,7 +103,7 @@ class Traffic:
         fields |= {**self._maybe(0.5, "stream", True), **self._maybe(0.3, "n", 2)}
         name = self._random.choice(("x-request-timeout", "x-request-timeout-seconds"))
         headers = ((name, f"{self._random.uniform(0.001, 0.5):.3f}"),)
-        return replace(_ask("deadline", path, fields, (200, 408, 504)), headers=headers)
+        return replace(Ask.of("deadline", path, fields, (200, 408, 504)), headers=headers)
 
     @property
     def most_tokens(self) -> int:
@@ -248,64 +204,6 @@ class Traffic:
         return "/detokenize", {"tokens": [self._random.randrange(self._vocab_size) for _ in range(self._random.randint(0, 99))]}
 
     def _bad(self) -> Ask:
-        kind, statuses, change = self._random.choice(self._faults())
+        kind, statuses, change = self._random.choice(faults(self._random, **self._limits))
         path, fields = self._random.choice((self._chat, self._completion, self._response, self._message))()
         return change(kind, path, fields, statuses)
-
-    def _faults(self) -> list[tuple[str, tuple[int, ...], Callable[..., Ask]]]:
-        def field_of(**wrong: Any) -> Callable[..., Ask]:
-            return lambda kind, path, fields, statuses: _ask(kind, path, {**fields, **wrong}, statuses)
-
-        def raw(change: Callable[[bytes], bytes]) -> Callable[..., Ask]:
-            def make(kind: str, path: str, fields: dict[str, Any], statuses: tuple[int, ...]) -> Ask:
-                return Ask(kind, path, change(json.dumps(fields).encode()), statuses)
-
-            return make
-
-        def elsewhere(**where: Any) -> Callable[..., Ask]:
-            def make(kind: str, path: str, fields: dict[str, Any], statuses: tuple[int, ...]) -> Ask:
-                return Ask(kind, **{"path": path, "body": json.dumps(fields).encode(), "statuses": statuses, **where})
-
-            return make
-
-        draw, bad = self._random, (400,)
-        text = draw.choice(("é", "🙂", "word ")) * (8 * self._context)
-        return [
-            ("cut JSON", bad, raw(lambda body: body[: draw.randrange(1, len(body))])),
-            ("noise", bad, raw(lambda body: draw.randbytes(draw.randint(1, 300)))),
-            ("not UTF-8", bad, raw(lambda body: body[:-1] + b',"user":"\xff\xc0"}')),
-            ("lone surrogate", bad, raw(lambda body: body[:-1] + b',"user":"\\ud800"}')),
-            ("not an object", bad, raw(lambda body: b"[" + body + b"]")),
-            ("number too large", bad, raw(lambda body: body[:-1] + b',"seed":1e400}')),
-            ("NaN", bad, raw(lambda body: body[:-1] + b',"temperature":NaN}')),
-            ("nested", bad, raw(lambda body: body[:-1] + b',"x":' + b"[" * 5000 + b"]" * 5000 + b"}")),
-            ("opened", bad, raw(lambda body: b'{"x":' * 20000)),
-            ("huge", (413,), raw(lambda body: body[:-1] + b" " * self._max_body + b"}")),
-            ("wrong type", bad, field_of(temperature=draw.choice(("1", True, [], {})))),
-            ("out of range", bad, field_of(top_p=draw.choice((-1, 1.5, 1e300)))),
-            ("integer out of range", bad, field_of(seed=draw.choice((2**63, -(2**64), 10**30, 0.5)))),
-            ("id out of vocabulary", bad, field_of(stop_token_ids=[draw.choice((self._vocab_size, 2**31, 2**70, -1))])),
-            ("bias of no token", bad, field_of(logit_bias={draw.choice(("x", "-1", "9" * 40, "")): 1})),
-            ("no such model", (404,), field_of(model=draw.choice(("gpt-4", "../..", "a" * 3000)))),
-            ("too long", bad, lambda kind, path, fields, statuses: _ask(kind, "/v1/chat/completions", {
-                "messages": [{"role": "user", "content": text}], "max_tokens": 1}, statuses)),
-            ("image", bad, lambda kind, path, fields, statuses: _ask(kind, "/v1/chat/completions", {
-                "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, statuses)),
-            ("more room than there is", bad, lambda kind, path, fields, statuses: _ask(kind, "/v1/completions", {
-                "prompt": "a", "max_tokens": draw.choice((self._context + 1, 2**62))}, statuses)),
-            ("content type", (415,), elsewhere(content_type=draw.choice(("text/plain", "application/xml", "x")))),
-            ("unknown path", (404,), elsewhere(path=draw.choice(("/v1/nothing", "/v1/chat/completions/", "/%00", "//")))),
-            ("wrong method", (405,), elsewhere(method=draw.choice(("PUT", "DELETE", "PATCH")))),
-            ("no body", (400, 415), elsewhere(body=b"")),
-            ("bad deadline", bad, elsewhere(headers=(("x-request-timeout", draw.choice(("0", "-1", "nan", "soon"))),))),
-            ("schema nobody can keep to", bad, lambda kind, path, fields, statuses: _ask(kind, "/v1/chat/completions", {
-                "messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_schema", "json_schema": {
-                    "name": "x", "schema": draw.choice(({"type": "x"}, {"not": {}}, {"$ref": "#/none"}))}}}, statuses)),
-            ("tool that is not there", bad, lambda kind, path, fields, statuses: _ask(kind, "/v1/chat/completions", {
-                "messages": [{"role": "user", "content": "a"}], "tools": TOOLS, "tool_choice": {
-                    "type": "function", "function": {"name": "nobody"}}}, statuses)),
-        ]  # fmt: skip
-
-
-def _ask(kind: str, path: str, fields: dict[str, Any], statuses: tuple[int, ...] = (200,)) -> Ask:
-    return Ask(kind, path, json.dumps(fields).encode(), statuses, fields)
