@@ -160,7 +160,7 @@ def _with_streams(found: list[Choice], op: str, rows: int, wide: bool) -> list[C
             "o": [s(64, 4, 4, 3, 128), s(64, 1, 4, 3, 256)],
             "gate_up": [s(32, 1, 4, 3, 256), s(64, 1, 4, 3, 128), s(32, 1, 4, 4, 128)],
             "down": [s(64, 4, 4, 3, 128), s(64, 2, 4, 3, 256)],
-            "head": [s(64, 1, 4, 3, 128)],
+            "head": [s(64, 1, 4, 3, 256), s(64, 1, 4, 3, 128)],
         }
     elif rows <= 8:
         chosen = {
@@ -190,17 +190,17 @@ def _with_streams(found: list[Choice], op: str, rows: int, wide: bool) -> list[C
         chosen = {
             "qkv": [s(128, 1, 8, 4, 128), s(128, 1, 8, 3, 128), "library"] if wide else ["library"],
             "o": [s(64, 1, 4, 4, 128), s(64, 2, 4, 3, 256)] if wide else [s(64, 3, 4, 4, 128), s(64, 3, 4, 2, 256)],
-            "gate_up": [s(128, 1, 8, 2, 128), s(64, 1, 4, 3, 128)] if wide else [s(64, 1, 4, 3, 128), s(64, 1, 4, 4, 128)],
-            "down": [s(64, 4, 4, 3, 128), s(64, 2, 4, 3, 256)] if wide else [s(64, 3, 4, 3, 256), s(64, 3, 4, 4, 128)],
-            "head": [s(64, 1, 4, 4), s(64, 1, 4, 3, 128)] if wide else [s(128, 1, 8, 2, 128), s(64, 1, 4, 3, 128)],
+            "gate_up": [s(128, 1, 8, 2, 128), s(64, 1, 4, 3, 128)] if wide else [s(32, 1, 4, 3, 128), s(64, 1, 4, 3, 128)],
+            "down": [s(64, 2, 4, 2, 256), s(64, 2, 4, 3, 256)] if wide else [s(64, 3, 4, 3, 256), s(64, 3, 4, 4, 128)],
+            "head": [s(64, 1, 4, 2, 256), s(64, 1, 4, 3, 128)] if wide else [s(128, 1, 8, 2, 128), s(64, 1, 4, 3, 128)],
         }
     else:
         chosen = {
             "qkv": [s(128, 1, 8, 3, 128), "library"] if wide else ["library"],
-            "o": [s(64, 2, 8, 4, 128), "library"] if wide else ["library"],
+            "o": ["library", s(64, 2, 8, 4, 128)] if wide else ["library"],
             "gate_up": [s(128, 1, 8, 2, 128), s(64, 1, 8, 3, 128)] if wide else [s(32, 1, 8, 4), s(64, 1, 8, 3, 128)],
             "down": [s(64, 2, 8, 4, 128), s(64, 2, 8, 6)] if wide else [s(64, 3, 8, 4, 128), s(64, 4, 8, 4, 128), "library"],
-            "head": [s(64, 1, 8, 3), s(128, 1, 8, 2, 128)] if wide else [s(64, 1, 8, 2, 256), s(64, 1, 8, 3, 128)],
+            "head": [s(128, 1, 8, 3, 128), s(64, 1, 8, 3)] if wide else [s(64, 1, 8, 2, 256), s(64, 1, 8, 3, 128)],
         }
     return chosen[op] + found
 
@@ -221,7 +221,7 @@ def attention_candidates(config: ModelConfig, rows: int) -> list[SplitTiles]:
         if rows <= 32:
             return [SplitTiles(512, 64, 8, 3, 512), SplitTiles(512, 128, 4, 5, 256)]
         if rows <= 64:
-            return [SplitTiles(512, 64, 2, 7), SplitTiles(512, 128, 4, 5)]
+            return [SplitTiles(512, 64, 2, 5), SplitTiles(512, 64, 2, 7)]
         return [SplitTiles(512, 32, 1, 6, 16), SplitTiles(512, 32, 1, 7)]
     if config.head_dim <= 128:
         if rows == 1:
