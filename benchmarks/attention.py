@@ -1,6 +1,6 @@
 """Attention over the paged KV cache: our Triton kernels against scaled_dot_product_attention on plain tensors.
 
-    python -m benchmarks.attention [--model tinyllama-1.1b llama-2-7b] [--batch 1 8 ...] [--context 256 1024]
+    python -m benchmarks.attention [--model tinyllama-1.1b llama-2-7b llama-3-8b] [--batch 1 8 ...] [--context 256 1024]
                                    [--prefill 512 1024 2048 4096] [--out FILE]
 
 bfloat16, random data, pages of 16 tokens scattered over the pool. decode: one query per sequence, the kernel of the decode
@@ -201,7 +201,7 @@ def draw_prefill(report: Path, rows: list[dict[str, Any]]) -> Path | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=["tinyllama-1.1b", "llama-2-7b"], choices=SHAPES)
+    parser.add_argument("--model", nargs="+", default=["tinyllama-1.1b", "llama-2-7b", "llama-3-8b"], choices=SHAPES)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 64, 128, 256])
     parser.add_argument("--context", type=int, nargs="+", default=[256, 1024], help="keys of each decoding sequence")
     parser.add_argument("--prefill", type=int, nargs="+", default=[512, 1024, 2048, 4096], help="tokens of a prompt")

@@ -1,6 +1,6 @@
 """Decode speed of the engine: milliseconds a step and tokens per second, by batch size.
 
-    python -m benchmarks.decode [--model tinyllama-1.1b llama-2-7b] [--batch 1 8 32 64 128 256] [--dtype bfloat16]
+    python -m benchmarks.decode [--model tinyllama-1.1b llama-2-7b llama-3-8b] [--batch 1 8 32 64 128 256] [--dtype bfloat16]
 
 Seeded random weights; every sequence has a prompt of 128 random ids. step = (time of 257 new tokens - time of 1) / 256, the
 best of --rounds, through the engine's own loop: scheduling, launching and reading tokens included. gpu_ms is the decode graph
@@ -119,7 +119,7 @@ def release() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=["tinyllama-1.1b", "llama-2-7b"], choices=SHAPES)
+    parser.add_argument("--model", nargs="+", default=["tinyllama-1.1b", "llama-2-7b", "llama-3-8b"], choices=SHAPES)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 64, 128, 256])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=2)

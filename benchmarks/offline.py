@@ -1,6 +1,6 @@
 """Throughput of a pile of work: 256 sequences at once, prompts and answers of 100 to 1024 tokens.
 
-    python -m benchmarks.offline [--model tinyllama-1.1b llama-2-7b] [--sequences 256]
+    python -m benchmarks.offline [--model tinyllama-1.1b llama-2-7b llama-3-8b] [--sequences 256]
 
 Lengths are uniform from a generator of seed 0 (133,966 new tokens for 256 sequences), prompts are random ids, weights seeded
 random. Written to benchmarks/results/<gpu>/offline.json.
@@ -34,7 +34,7 @@ def work(count: int) -> tuple[list[int], list[int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=["tinyllama-1.1b", "llama-2-7b"], choices=SHAPES)
+    parser.add_argument("--model", nargs="+", default=["tinyllama-1.1b", "llama-2-7b", "llama-3-8b"], choices=SHAPES)
     parser.add_argument("--sequences", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--out", type=Path)

@@ -1,6 +1,6 @@
 """Time to first token of one prompt on an idle engine, by prompt length.
 
-    python -m benchmarks.ttft [--model tinyllama-1.1b llama-2-7b] [--prompt 512 1024 1900] [--pause 0.25]
+    python -m benchmarks.ttft [--model tinyllama-1.1b llama-2-7b llama-3-8b] [--prompt 512 1024 1900] [--pause 0.25]
 
 Seeded random weights, prompts of random ids, from submitting a request to its first token event; the median of --rounds
 prompts, none of which begins like another. ttft_ms: with --pause seconds of idleness before each prompt. back_to_back_ms:
@@ -36,7 +36,7 @@ def first_token_ms(timed: TimedEngine, length: int, rounds: int, pause: float) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=["tinyllama-1.1b", "llama-2-7b"], choices=SHAPES)
+    parser.add_argument("--model", nargs="+", default=["tinyllama-1.1b", "llama-2-7b", "llama-3-8b"], choices=SHAPES)
     parser.add_argument("--prompt", type=int, nargs="+", default=[512, 1024, 1900])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--pause", type=float, default=0.25)
