@@ -17,7 +17,6 @@ the latter (default_step_ms), and times, their ratio. Written to deterministic.j
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -102,19 +101,12 @@ def measure_all(shape: str, options: argparse.Namespace, peak: float, *, determi
 def compare(shape: str, options: argparse.Namespace, peak: float) -> list[dict[str, Any]]:
     """Rows of a deterministic engine, each beside the step that any other takes."""
     default = {row["batch"]: row["step_ms"] for row in measure_all(shape, options, peak, deterministic=False)}
-    release()
     rows = measure_all(shape, options, peak, deterministic=True)
     for row in rows:
         if row["batch"] in default:
             step = default[row["batch"]]
             row |= {"default_step_ms": step, "times": round(row["step_ms"] / step, 2)}
     return rows
-
-
-def release() -> None:
-    """Memory of an engine that nobody holds any more: the next one takes what is free."""
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def main() -> None:
@@ -135,7 +127,6 @@ def main() -> None:
             rows += compare(shape, options, peak)
         else:
             rows += measure_all(shape, options, peak, deterministic=False)
-        release()
     print("model            batch   step ms     tok/s   graph ms    gap   idle  host us   share of limit")
     for row in rows:
         print("{model:15}{batch:7}{step_ms:10.3f}{tokens_per_second:10.0f}".format(**row),

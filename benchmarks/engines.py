@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 import time
@@ -60,6 +61,11 @@ class TimedEngine:
             raise RuntimeError(f"{self._timed.tokens} tokens came, {sum(lengths)} were asked for")
         return self._timed
 
+    def close(self) -> None:
+        """Afterwards there is no engine, whoever keeps this."""
+        self.engine.shutdown()
+        del self.engine
+
     def _on_step(self, events: list[TokenEvent]) -> None:
         now = time.perf_counter() - self._begun
         for event in events:
@@ -86,8 +92,9 @@ def random_engine(shape: str, *, seed: int = 0, settle: bool = True, **config: o
             time.sleep(0.01)
         yield timed
     finally:
-        engine.shutdown()
-        del engine, timed, parameters
+        timed.close()
+        del engine, parameters
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -20,7 +20,7 @@ from model_core.model.decode import DecodeChain
 
 _LAYERS = 8
 _WIDE_LAYERS = 4  # of models whose layers are 400 MB and more: with 8 of them Llama-2-7B took 33.7 s to calibrate (H100)
-_NEAR, _FAR = 256, 1024  # position of the newest token
+_NEAR, _FAR = 256, 1024  # position of the newest token; of long contexts the mean
 _SERIES, _REPLAYS = 5, 3  # a series is timed as a whole: its first launch is felt less, and positions move little
 _SETTLE_S = 0.3  # of work before the first measurement, which brings the clocks up
 
@@ -48,9 +48,13 @@ class Occupants:
     def __init__(self, chain: DecodeChain, most: int) -> None:
         self._state = state = chain.state
         pages, size = chain.kv.k[0].shape[:2]
-        self.near, self.far = (max(0, min(position, longest_context(chain, far) - _REPLAYS - 1))
-                               for position, far in ((_NEAR, False), (_FAR, True)))  # fmt: skip
-        each = min(-(-(self.far + _REPLAYS + 1) // size), state.block_tables.shape[1])
+        self.near, highest = (max(0, longest_context(chain, far) - _REPLAYS - 1) for far in (False, True))
+        self.near, mean = min(self.near, _NEAR), min(highest, _FAR)
+        # Long contexts differ, and a step takes as long as its longest: how they are divided is felt. The first is the mean.
+        share = ((torch.arange(most, device=state.position.device) * 37 + most // 2) % most + 0.5) / most
+        lowest = max(0, 2 * mean - highest)
+        self.far = lowest + (share * (highest - lowest)).to(state.position.dtype)
+        each = min(-(-(highest + _REPLAYS + 1) // size), state.block_tables.shape[1])
         own = torch.arange(most * each, device=state.position.device).view(most, each)
         state.block_tables[:most, :each] = (1 + own % max(1, pages - 1)).int()  # page 0 is the dump page
         ids = torch.arange(most, device=state.position.device)

@@ -235,8 +235,9 @@ def attention_candidates(config: ModelConfig, rows: int) -> list[SplitTiles]:
 
 
 def far_candidates(config: ModelConfig, rows: int) -> list[SplitTiles]:
-    """The same for contexts beyond NEAR: few rows need several programs for one of them, for many they may be longer (128
-    rows of TinyLlama with 1,024 keys: a step of 8 layers in 904 us, with 512 keys a program 994)."""
+    """The same for contexts beyond NEAR: few rows need several programs for one of them, for many they may be longer, but not
+    as long as all keys of one: contexts differ (64 rows of TinyLlama with 1,024 keys each: a step of 8 layers takes 701 us with
+    2,048 keys a program, 712 with 512; with 4 to 2,044 keys 861 and 735)."""
     near = attention_candidates(config, rows)
     if not has_wgmma() or config.head_dim > 128:
         return near
@@ -249,12 +250,13 @@ def far_candidates(config: ModelConfig, rows: int) -> list[SplitTiles]:
             return [SplitTiles(256, 64, 4, 5, 128), near[0]]
         if rows <= 32:
             return [SplitTiles(512, 32, 1, 6, 16), near[0]]
-        return [SplitTiles(2048, 32, 1, 6, 16), SplitTiles(512, 64, 4, 4, 128)]
+        found = [SplitTiles(512, 32, 1, 6, 16), SplitTiles(1024, 32, 1, 6, 16)]
+        return found if rows <= 64 else found[::-1]
     if rows == 1:
         return [SplitTiles(128, 64, 8, 1, 128), SplitTiles(256, 64, 8, 5, 256)]
     if rows <= 16:
         return [SplitTiles(512, 32, 1, 4, 32), SplitTiles(256, 32, 4, 5, 64)]
-    return [SplitTiles(2048, 32, 1, 4, 16), SplitTiles(512, 32, 1, 4, 32)]
+    return [SplitTiles(512, 32, 1, 4, 32), SplitTiles(1024, 32, 1, 4, 16)]
 
 
 def shared_candidates(config: ModelConfig, rows: int) -> list[int]:

@@ -147,6 +147,7 @@ class Engine:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=60)
         self.parts.grammars.close()
+        gc.unfreeze()  # else a process that goes on would keep the weights and the cache of an engine that nobody holds
 
     # ---- the engine's thread -----------------------------------------------------------------------------------
 

@@ -278,14 +278,15 @@ def test_sequences_of_garbage_come_and_go(pages, position):
     chain = DecodeChain(a_model(), KVCache.empty(CONFIG, pages, 16, BF16, "meta"), state, 8, pdl=False)
     sequences = Occupants(chain, 8)
     assert state.position.tolist() == [position] * 8 + [0]
-    used = state.block_tables[:8, : 1024 // 16 + 1]
+    used = state.block_tables[:8]
     assert used.min() == 1 and used.max() <= pages - 1 and not state.block_tables[8].any()
     assert len(used.unique()) == min(used.numel(), pages - 1) or pages == 4000 and len(used.unique()) == used.numel()
     state.position[:8] += 3
     sequences.place()
     assert state.position.tolist() == [position] * 8 + [0]
     sequences.place(far=True)
-    assert state.position.tolist() == [1024] * 8 + [0]
+    far = state.position[:8].float()
+    assert abs(far.mean() - 1024) < 8 and abs(far[0] - 1024) < 150 and far.min() < 200 and far.max() > 1850
     sequences.leave()
     assert not any(tensor.any() for tensor in (state.position, state.block_tables, state.last_token))
 
@@ -296,7 +297,8 @@ def test_short_contexts_are_measured_within_their_bounds(max_pages):
     chain = DecodeChain(a_model(), KVCache.empty(CONFIG, 50, 16, BF16, "meta"), state, 4, pdl=False)
     assert longest_context(chain) == 16 * max_pages
     sequences = Occupants(chain, 4)
-    assert 0 < sequences.near <= min(256, 16 * max_pages - 4) and sequences.near <= sequences.far <= 16 * max_pages - 4
+    assert 0 < sequences.near <= min(256, 16 * max_pages - 4)
+    assert sequences.far.min() >= 0 and sequences.near <= sequences.far.max() <= 16 * max_pages - 4
 
 
 def test_progress_is_counted_in_things():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
 import time
+import weakref
 from itertools import islice
 
 import pytest
@@ -254,3 +256,14 @@ def test_smollm2_writes_english(real):
     words = "".join(char if char.isalpha() else " " for char in text.lower()).split()
     common = {"the", "a", "of", "and", "is", "in", "to", "it", "that", "with"}
     assert len(words) >= 20 and len(set(words)) >= 10 and sum(word in common for word in words) >= 5, text
+
+
+def test_what_is_closed_is_given_back(folder):
+    """Weights and cache, in a process that goes on: the next model needs the memory."""
+    with LLM.load(folder, CONFIG) as llm:
+        llm.generate(PROMPTS[0], GREEDY)
+        runner = llm.engine.parts.runner
+        held = [weakref.ref(one) for one in (llm.engine, runner.kv.k[0], runner.model)]
+    del llm, runner
+    gc.collect()
+    assert [one() for one in held] == [None, None, None]
