@@ -44,6 +44,9 @@ def render(text: str, results: Path, folder: str = "benchmarks/results") -> str:
         rows = [row for row in report["rows"] if all(str(row.get(key)) in allowed.split("|") for key, allowed in conditions)]
         if not rows:
             raise ValueError(f"{file} has no row where {where}")
+        for key, _ in columns:  # which some of the rows may lack
+            if not any(key.removesuffix("%") in row for row in rows):
+                raise ValueError(f"{file} has no {key}")
         return mark + (f"{text}\n\n" if text else "") + _table(report, rows, columns) + end
 
     def chart(match: re.Match[str]) -> str:
@@ -66,9 +69,9 @@ def _table(report: dict[str, Any], rows: list[dict[str, Any]], columns: list[lis
 
 def _column(row: dict[str, Any], key: str) -> str:
     if key.endswith("%"):
-        share = row[key[:-1]]
+        share = row.get(key[:-1])
         return "" if share is None else f"{100 * share:.0f} %"
-    return _cell(row[key])
+    return _cell(row.get(key))
 
 
 def _cell(value: Any) -> str:

@@ -73,7 +73,7 @@ class GraphRunner:
                                       seqs=limits.max_seqs, narrow=PREFILL_SEQS if self.decodes else limits.max_seqs)
         self.late = LateRows(self.state, self.sampler, self.prefills.samples, invariant=model.invariant)
         self._rows = Packed([("rows", limits.max_seqs, "int64")], device)
-        self._last_rows = self._order = np.zeros(0, dtype=np.int64)
+        self._last_rows = np.zeros(0, dtype=np.int64)
         self._last_decodes: list[Sequence] = []
         self._last_slots = self._last_rows
         self._places = np.arange(limits.max_seqs)
@@ -133,10 +133,8 @@ class GraphRunner:
         bucket = fitting(self.decodes.buckets, count)
         if len(self._last_rows) != count or (rows != self._last_rows).any():
             self._last_rows = rows
-            # Programs of attention start row by row: the longest first, or the others may have ended when it begins.
-            self._order = np.argsort(-starts, kind="stable")
             host = self._rows.turn()["rows"]
-            host[:count] = rows[self._order]
+            host[:count] = rows
             host[count:] = self.state.dump
             self._rows.send()
             self.decodes.rows.copy_(self._rows.device["rows"], non_blocking=True)
@@ -145,13 +143,11 @@ class GraphRunner:
         graph = self.decodes.get(bucket, fitting(self.decodes.lengths, int(starts.max()) + 1), ruled)
         flight.span.begin()
         graph.replay()
+        late = [LateRow(row, Scheduled(plan.decodes[place], plan.starts[place], 1, True)) for row, place in enumerate(places)
+                if plan.decodes[place].slot in self.late.slots] if self.late.slots else []  # fmt: skip
         flight.parts.append(Chosen(places, rows, starts + 1, self._chosen))
-        if self.late.slots:
-            ordered = places[self._order]
-            late = [LateRow(row, Scheduled(plan.decodes[place], plan.starts[place], 1, True))
-                    for row, place in enumerate(ordered) if plan.decodes[place].slot in self.late.slots]  # fmt: skip
-            if late:
-                self.late.sample(flight, ordered, late, self.decodes.chain.logits)
+        if late:
+            self.late.sample(flight, places, late, self.decodes.chain.logits)
 
     def _prefill(self, flight: InFlight, entries: list[Scheduled], places: np.ndarray, scored: list[Scored]) -> None:
         """scored: of these entries, by their numbers here. A graph gives no hidden states, so then the ops are launched."""

@@ -94,7 +94,6 @@ def takes(**slower):
     return lambda rows, tiles: 100.0 + sum(5.0 for op, kind in slower.items() if not isinstance(getattr(tiles, op), kind))
 
 
-TENSOR_O = takes(o=TensorTiles)
 LIBRARY_O = takes(o=(str, RowTiles))
 
 
@@ -164,13 +163,13 @@ def test_what_is_no_label_is_refused(text):
 
 
 def test_choices_are_made_one_after_the_other_beside_the_best_so_far(chain):
-    timer, buckets = FakeTimer(takes(o=TensorTiles, head=str)), row_buckets(64)
+    timer, buckets = FakeTimer(takes(o=str, head=str)), row_buckets(64)
     found = calibrate(chain, buckets, quiet(), timer=timer, ahead=no_pool)
     assert list(found) == buckets and found[2] is found[8] is not found[16] and found[24] is found[32]
     assert found[1].tiles == default_tiles(CONFIG, 1, BF16)  # has no such candidates
     default, chosen = default_tiles(CONFIG, 32, BF16), found[32].tiles
     assert default == replace(chosen, o=default.o, head=default.head) and found[32].layers == 8
-    assert isinstance(chosen.o, TensorTiles) and chosen.head == "library"
+    assert chosen.o == chosen.head == "library"
     assert [one.microseconds for one in found[32].candidates["qkv"]] == [110.0] * len(found[32].candidates["qkv"])
     assert found[32].candidates["head"][0].microseconds == 105.0  # its default, beside the chosen o
     assert {one.microseconds for one in found[32].candidates["shared"]} == {100.0}
@@ -205,16 +204,16 @@ def test_the_choice_ran_and_only_what_is_clearly_faster_replaces_the_default(cha
 
 def test_candidates_that_raise_are_recorded_and_never_chosen(chain):
     def step(rows, tiles):
-        if isinstance(tiles.qkv, RegisterTiles):
+        if isinstance(tiles.qkv, StreamTiles):
             raise RuntimeError("out of resource: shared memory\nmore")
         return 100.0
 
     found = calibrate(chain, [1, 8], quiet(), timer=FakeTimer(step), ahead=no_pool)[8]
     default = default_tiles(CONFIG, 8, BF16)
-    assert isinstance(default.qkv, RegisterTiles) and isinstance(found.tiles.qkv, StreamTiles)
+    assert isinstance(default.qkv, StreamTiles) and isinstance(found.tiles.qkv, RegisterTiles)
     assert found.tiles == replace(default, qkv=found.tiles.qkv)
     failed = [one for one in found.candidates["qkv"] if one.microseconds is None]
-    assert {type(one.choice) for one in failed} == {RegisterTiles}
+    assert {type(one.choice) for one in failed} == {StreamTiles}
     assert failed[0].problem == "RuntimeError: out of resource: shared memory"
     assert "nothing could be measured" in found.reasons["attention"] and "measured: " in found.reasons["gate_up"]
 
@@ -260,11 +259,11 @@ def test_every_step_is_compiled_and_has_its_workspace_before_it_is_launched():
         space = chain.space
         chain.reserve(rows, tiles)
         assert chain.space is space
-        return TENSOR_O(rows, tiles)
+        return LIBRARY_O(rows, tiles)
 
     timer = FakeTimer(step)
     found = calibrate(chain, [1, 8, 32], quiet(), timer=timer, ahead=ahead)
-    assert isinstance(found[32].tiles.o, TensorTiles)
+    assert found[32].tiles.o == "library"
     singly = sum(len(tried(CONFIG, op, rows, BF16)) - 1 for op in CHOICES[:-1] for rows in (1, 8, 32)) + 2 * 3
     assert batches[0] == singly  # the defaults, near and far, and each deviation from them; then what follows from o's choice
     moved = [rows for rows in (8, 32) if found[rows].tiles.o != default_tiles(CONFIG, rows, BF16).o]
