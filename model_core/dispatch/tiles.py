@@ -5,12 +5,13 @@ One row: every kernel streams its weights through registers ("rows"). Up to 16: 
 Hopper: weights through shared memory by TMA; elsewhere tiles of the compiler's own pipeline. Where it is faster: cuBLAS with a
 small kernel behind it. A kernel's time depends on its neighbours (a tile that is fastest alone can cost Llama-2-7B a third of
 a step), so the first candidates below are what made whole steps fastest on an H100, one choice after the other
-(2026-11-25, context 257, microseconds of a step of all 22 or of 8 layers):
+(2026-11-27, context 257, microseconds of a step of 8 layers of TinyLlama, of 4 of the others):
 
     rows                          1      8     16     32     64    128    256
-    TinyLlama-1.1B              848    946  1,013  1,109  1,372  1,640  2,154
-      driver's shared memory    927  1,097  1,074  1,182  1,433  1,686  2,154
-    Llama-2-7B, 8 layers      1,217  1,392         1,728  2,174  3,043
+    TinyLlama-1.1B              342    370    397    428    527    645    858
+      driver's shared memory    362    466    412    434    556    658    863
+    Llama-2-7B                  648    723    783    897  1,107  1,556  2,451
+    Llama-3-8B                  950  1,011  1,036  1,075  1,180  1,386  1,855
 
 `mini-llm dispatch MODEL --all` shows what was measured here.
 """

@@ -1,4 +1,4 @@
-"""The tile kernels a third time, for 24 to 128 rows on Hopper: weights stream through shared memory by TMA into wgmma.
+"""The tile kernels a third time, for 8 to 128 rows on Hopper: weights stream through shared memory by TMA into wgmma.
 
 A program multiplies `rows` rows of W (a multiple of 64, wgmma's height) by all rows of x. One thread asks for whole tiles
 (TMA), so that no warp spends its time on addresses, and the first `stages` tiles of W are asked for before the launch's wait:
