@@ -10,6 +10,7 @@ from starlette.applications import Starlette
 
 from deployments.api.app import create_app
 from deployments.api.tracing import open_tracer
+from deployments.grpc_batch import finish_batches
 from deployments.logs import log_to_stderr
 from deployments.transport.base import Transport
 from model_core.tokenizer import load_tokenizer
@@ -27,6 +28,7 @@ class Api:
     """model: handle of the model deployment. Serve calls __serve_build_asgi_app__ once, after the constructor."""
 
     def __init__(self, model: DeploymentHandle, args: AppArgs, local_model: LocalModel) -> None:
+        finish_batches()
         self._model = model
         self._args = args
         self._tokenizer = load_tokenizer(local_model.path)

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from deployments.grpc_batch import finish_batches
 from deployments.logs import log_to_stderr
 from deployments.transport.sender import Link, Links, ReplyTo
 from deployments.transport.stream import Stream
@@ -102,6 +103,7 @@ class ModelReplica:
 
     async def __init__(self, spec: ReplicaSpec, load: Loader = load_engine) -> None:  # type: ignore[misc]
         log_to_stderr()
+        finish_batches()
         # The engine's thread releases the GIL at each torch op and must get it back from the event loop's thread.
         sys.setswitchinterval(0.0005)
         began = time.monotonic()
