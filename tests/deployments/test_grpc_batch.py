@@ -87,6 +87,14 @@ def test_cancelled_calls_leave_nothing_in_use(by_call: bool) -> None:
     assert min(asyncio.run(asyncio.wait_for(growth(), 120))) < CALLS / 5
 
 
+def test_another_grpcio_is_left_alone(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.delattr(cygrpc, "ExecuteBatchError")
+    other = object()
+    monkeypatch.setattr(cygrpc, "execute_batch", other)
+    finish_batches()
+    assert cygrpc.execute_batch is other and "cancelled calls may leave memory behind" in caplog.text
+
+
 def test_twice_is_once() -> None:
     once = cygrpc.execute_batch
     finish_batches()
