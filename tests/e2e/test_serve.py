@@ -13,6 +13,8 @@ import openai
 import pytest
 
 from benchmarks.disconnect import Watch
+from benchmarks.server import ROOT
+from tests.deployments.raw import TO_HAPROXY, raw
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -33,6 +35,15 @@ def test_the_model_is_the_fallback_and_says_so(server, client):
     assert "SERVING THE FALLBACK" in server.log.read_text()
     assert server.get("/health")[0] == 200
     assert json.loads(server.get("/version")[1])["version"]
+
+
+def test_haproxys_own_words_are_those_of_the_readme(server):
+    """Under `serve run`; `mini-llm serve` changes the last one (tests/deployments/test_app.py)."""
+    readme = (ROOT / "README.md").read_text()
+    for request in TO_HAPROXY:
+        head, told = raw(server, request)
+        words = told.decode().replace("\n", "↵").replace("Path ''", "Path 'PATH'")
+        assert f"`{words}`" in readme and head.split()[1].decode() in ("400", "422", "404"), (head, words)
 
 
 def test_chat_streamed_and_whole_are_the_same_coherent_text(client):
