@@ -16,6 +16,7 @@ import multiprocessing
 import random
 import resource
 import statistics
+import sys
 import time
 from collections.abc import AsyncGenerator
 from functools import partial
@@ -162,6 +163,8 @@ async def measure(tokenizer: Tokenizer, streams: int, tokens: int, step_s: float
     server.should_exit = True
     await serving
     sent = sum(live for _, live in emitted)
+    if not sent:
+        sys.exit("the streams were over within the second that is not counted: ask for more --tokens")
     steps = [moment for moment, _ in emitted]
     delays = []
     for stream in arrivals:
