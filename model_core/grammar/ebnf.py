@@ -16,6 +16,7 @@ ANY: Ranges = [(0, 0xD7FF), (0xE000, ord(MARKS[0]) - 1)]  # every other characte
 NOTHING = '""'
 GROUP = 128  # beyond it xgrammar 0.2.8 counts single characters in a way that lets wrong tokens into its masks
 MAX_REPEAT = 10_000  # in groups; up to GROUP of them would be right
+CHAIN = 512  # rules
 
 
 class Rules:
@@ -87,6 +88,18 @@ def repeated(body: str, low: int, high: int | None) -> str:
         some = joined(_few(group, 0, groups - 1), _few(body, 0, GROUP - 1))
         parts.append(f"({some} | {joined(_few(group, groups, groups), _few(body, 0, rest))})")
     return f"({joined(*parts)})"
+
+
+def chained(rules: Rules, body: str, low: int, high: int | None) -> str:
+    """The name of a rule: low to high times (at least once), at most CHAIN, by a rule for each number, which others share.
+    body: a set. Where a group of `repeated` ends, the matcher tries token by token what may go on behind it (85 ms for a string
+    and 128k tokens, in which nobody else gets a token); here only what would be too long."""
+    name = rules.add(f"{body}*") if high is None else ""
+    for _ in range(0 if high is None else high - low):
+        name = rules.add(f"{body} {name} | {NOTHING}" if name else f"{body}?")
+    for _ in range(low):
+        name = rules.add(f"{body} {name}".rstrip())
+    return name
 
 
 def joined(*bodies: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from model_core.grammar.ebnf import MAX_REPEAT, Rules, one_of, repeated
+from model_core.grammar.ebnf import CHAIN, MAX_REPEAT, Rules, chained, one_of, repeated
 from model_core.grammar.formats import FORMATS
 from model_core.grammar.part import Part
 from model_core.grammar.pattern import ESCAPED_IN_JSON, PLAIN_IN_JSON, pattern_grammar
@@ -30,7 +30,10 @@ def string(part: Part, rules: Rules) -> str:
         if not isinstance(kind, str) or kind not in FORMATS:
             part.refuse(f"format {kind!r}, not one of {', '.join(sorted(FORMATS))},", "format")
         return matching(FORMATS[kind], part, "pattern")
-    return rules.add(f'"\\"" {repeated(_PLAIN, low, high)} "\\""' if bounded else STRING)
+    if not bounded:
+        return rules.add(STRING)
+    few = 0 < max(low, high or 0) <= CHAIN
+    return rules.add(f'"\\"" {chained(rules, _PLAIN, low, high) if few else repeated(_PLAIN, low, high)} "\\""')
 
 
 def matching(pattern: str, part: Part, key: str) -> str:

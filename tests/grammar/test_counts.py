@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from model_core.grammar.ebnf import GROUP, MAX_REPEAT, Rules, repeated
+from model_core.grammar.ebnf import CHAIN, GROUP, MAX_REPEAT, Rules, chained, repeated
 from model_core.grammar.matcher import Matcher
 from model_core.grammar.spec import GrammarSpec, of_regex, of_schema
 from tests.grammar.walks import STOP, accepts, allowed, by_bytes, compiled
@@ -33,6 +33,8 @@ def test_so_many_and_no_more(bounds, others, is_open):
 @pytest.mark.parametrize("schema", [
     {"type": "string", "maxLength": 10_000}, {"type": "string", "minLength": 9_950, "maxLength": 10_000},
     {"type": "string", "maxLength": 129}, {"type": "string", "minLength": 250, "maxLength": 300},
+    {"type": "string", "minLength": 383, "maxLength": 383}, {"type": "string", "minLength": 400},
+    {"type": "string", "maxLength": CHAIN}, {"type": "string", "minLength": 1, "maxLength": CHAIN + 1},
     {"type": "string", "pattern": "^.{5,1000}$"}, {"type": "string", "pattern": "^(a[bc]|é€){130,250}x?$"},
     {"type": "string", "pattern": r"^(ab{2,200}){3}$"}, {"type": "string", "pattern": r"^([a-c]{1,3} ){150,}$"},
     {"type": "array", "items": {"enum": ["ab", 10]}, "minItems": 120, "maxItems": 250},
@@ -43,7 +45,7 @@ def test_the_masks_are_right_at_every_border(schema):
     chance, matcher, output, compared = random.Random(1), Matcher(grammar, frozenset([STOP])), list[int](), 0
     for step in range(10_050 if schema.get("maxLength") else 500):
         ids = allowed(matcher)
-        if step % GROUP in (0, GROUP - 2, GROUP - 1, 1) and (step < 500 or step > 9_890):
+        if step % GROUP in (0, GROUP - 2, GROUP - 1, 1) and (step < 520 or step > 9_890):
             assert set(ids) - {STOP} == by_bytes(grammar, output)
             compared += 1
         going_on = [i for i in ids if i < 128 and i != ord('"') and chr(i) != "]"] or [i for i in ids if i != STOP]
@@ -53,6 +55,21 @@ def test_the_masks_are_right_at_every_border(schema):
         matcher.follow(output)
         assert matcher.failure is None
     assert compared >= 4
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (1, 1), (0, 3), (2, 5), (4, None), (1, None), (0, None)])
+def test_a_chain_is_as_long_as_it_may_be(low, high):
+    rules = Rules()
+    grammar = compiled(GrammarSpec(rules.text(f'"<" {chained(rules, "[ab]", low, high)} ">"'), "x"))
+    found = [count for count in range(8) if accepts(grammar, f"<{'ab' * 4}"[: count + 1] + ">")]
+    assert found == [count for count in range(8) if low <= count and (high is None or count <= high)]
+
+
+def test_strings_share_the_rules_that_count_them():
+    texts = [of_schema({"type": "object", "properties": {f"p{n}": {"type": "string", "maxLength": n} for n in lengths},
+                        "required": [f"p{n}" for n in lengths]}, "x").text for lengths in ([300], [300, 200, 257])]  # fmt: skip
+    assert 300 < texts[0].count("::=") < 320 and texts[1].count("::=") < texts[0].count("::=") + 10
+    assert "{" not in texts[1].replace('"{"', "")
 
 
 @pytest.mark.parametrize("schema", [{"type": "string", "maxLength": MAX_REPEAT + 1}, {"type": "string", "pattern": "a{10001}"}])
