@@ -80,7 +80,7 @@ class Objects:
             if not isinstance(patterns, dict) or len(patterns) != 1 or extra:
                 part.refuse("'patternProperties' beside others, or not exactly one of them,", "patternProperties")
             ((pattern, one),) = patterns.items()
-            name = matching(pattern, part, "patternProperties")
+            name = matching(pattern, part, self._rules, "patternProperties")
             value = self._inner(part.child(one, "patternProperties", pattern))
         return self._rules.add(f'{name} ": " {value}')
 

@@ -10,7 +10,23 @@ import re
 from typing import NoReturn
 
 from model_core.errors import RequestError
-from model_core.grammar.ebnf import ANY, MAX_REPEAT, NOTHING, Ranges, common, either, joined, one_of, repeated, union, without
+from model_core.grammar.ebnf import (
+    ANY,
+    CHAIN,
+    GROUP,
+    MAX_REPEAT,
+    NOTHING,
+    Ranges,
+    Rules,
+    chained,
+    common,
+    either,
+    joined,
+    one_of,
+    repeated,
+    union,
+    without,
+)
 
 MAX_DEPTH = 30  # brackets in brackets
 INVALID = "invalid_grammar"
@@ -51,17 +67,17 @@ def in_json(ranges: Ranges) -> str:
     return f'("\\\\" {one_of(union(short))})' if short else ""
 
 
-def pattern_grammar(pattern: str, where: str, param: str | None = None, *, json: bool = False) -> str:
-    """The body of a rule. where: the request's field, or the path in a schema, for what RequestError says.
-    json: of a string in a JSON document, without its quotes."""
-    return _Parser(pattern, where, param or where, json).whole()
+def pattern_grammar(pattern: str, where: str, rules: Rules, param: str | None = None, *, json: bool = False) -> str:
+    """The body of a rule, which may need others. where: the request's field, or the path in a schema, for what RequestError
+    says. json: of a string in a JSON document, without its quotes."""
+    return _Parser(pattern, where, rules, param or where, json).whole()
 
 
 class _Parser:
     """Recursive descent; every method leaves `at` behind what it has read."""
 
-    def __init__(self, pattern: str, where: str, param: str, json: bool) -> None:
-        self._pattern, self._where, self._param, self._json = pattern, where, param, json
+    def __init__(self, pattern: str, where: str, rules: Rules, param: str, json: bool) -> None:
+        self._pattern, self._where, self._rules, self._param, self._json = pattern, where, rules, param, json
         self._at = self._depth = 0
 
     def whole(self) -> str:
@@ -150,6 +166,8 @@ class _Parser:
         self._take("?")  # as few as possible: the same texts match
         if self._next() in ("*", "+", "?") or _BOUNDS.match(self._pattern, self._at):
             self._refuse(f"'{self._next()}' behind a repetition")
+        if piece[0] == "[" and GROUP < max(low, high or 0) <= CHAIN:
+            return chained(self._rules, piece, low, high)
         return piece if piece == NOTHING else repeated(piece, low, high)
 
     def _characters(self, ranges: Ranges) -> str:

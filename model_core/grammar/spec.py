@@ -51,7 +51,8 @@ def of_regex(pattern: str, param: str) -> GrammarSpec:
     look-around, back references, anchors inside."""
     if not pattern:
         raise RequestError(f"{param} is empty", param=param, code=INVALID)
-    return bounded(Rules().text(pattern_grammar(pattern, param)), param)
+    rules = Rules()
+    return bounded(rules.text(pattern_grammar(pattern, param, rules)), param)
 
 
 def of_choice(choices: Sequence[str], param: str) -> GrammarSpec:

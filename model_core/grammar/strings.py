@@ -22,20 +22,20 @@ def string(part: Part, rules: Rules) -> str:
             part.refuse("'pattern' together with a length or a format", "pattern")
         if not isinstance(node["pattern"], str):
             part.refuse("what is no string", "pattern")
-        return matching(node["pattern"], part, "pattern")
+        return matching(node["pattern"], part, rules, "pattern")
     if "format" in node:
         kind = node["format"]
         if bounded:
             part.refuse("'format' together with a length", "format")
         if not isinstance(kind, str) or kind not in FORMATS:
             part.refuse(f"format {kind!r}, not one of {', '.join(sorted(FORMATS))},", "format")
-        return matching(FORMATS[kind], part, "pattern")
+        return matching(FORMATS[kind], part, rules, "pattern")
     if not bounded:
         return rules.add(STRING)
     few = 0 < max(low, high or 0) <= CHAIN
     return rules.add(f'"\\"" {chained(rules, _PLAIN, low, high) if few else repeated(_PLAIN, low, high)} "\\""')
 
 
-def matching(pattern: str, part: Part, key: str) -> str:
+def matching(pattern: str, part: Part, rules: Rules, key: str) -> str:
     """A string that a pattern matches. Raises RequestError for one that could not be enforced. key: where it stands."""
-    return f'"\\"" {pattern_grammar(pattern, part.where(key), part.param, json=True)} "\\""'
+    return f'"\\"" {pattern_grammar(pattern, part.where(key), rules, part.param, json=True)} "\\""'

@@ -35,7 +35,8 @@ def test_so_many_and_no_more(bounds, others, is_open):
     {"type": "string", "maxLength": 129}, {"type": "string", "minLength": 250, "maxLength": 300},
     {"type": "string", "minLength": 383, "maxLength": 383}, {"type": "string", "minLength": 400},
     {"type": "string", "maxLength": CHAIN}, {"type": "string", "minLength": 1, "maxLength": CHAIN + 1},
-    {"type": "string", "pattern": "^.{5,1000}$"}, {"type": "string", "pattern": "^(a[bc]|é€){130,250}x?$"},
+    {"type": "string", "pattern": "^.{5,1000}$"}, {"type": "string", "pattern": "^[a-c]{130,300}-é{200}$"},
+    {"type": "string", "pattern": "^(a[bc]|é€){130,250}x?$"},
     {"type": "string", "pattern": r"^(ab{2,200}){3}$"}, {"type": "string", "pattern": r"^([a-c]{1,3} ){150,}$"},
     {"type": "array", "items": {"enum": ["ab", 10]}, "minItems": 120, "maxItems": 250},
 ], ids=str)  # fmt: skip
