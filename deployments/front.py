@@ -16,7 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from deployments.error_page import page
 from deployments.protocol.anthropic_events import error_body
-from deployments.protocol.errors import ApiError, bad_request, internal_error, replica_lost, timed_out, unavailable
+from deployments.protocol.errors import ApiError, bad_request, internal_error, replica_lost, timed_out, unavailable, unknown_url
 
 _SERVES_TIMEOUT, _OUR_TIMEOUT = b"x-request-timeout-seconds", b"x-request-timeout"
 
@@ -96,7 +96,7 @@ def _is_json(start: Message) -> bool:
 def _in_our_words(status: int, path: str) -> ApiError:
     """For an error of Serve's proxies or replicas."""
     if status == 404:
-        return ApiError(404, f"No application is served at {path[:200]}; it may be starting.", code="unknown_url")
+        return unknown_url(f"No application is served at {path[:200]}; it may be starting.")
     if status == 408:
         return timed_out("Ray Serve's deadline (http_options.request_timeout_s)", started=False)
     if status in (429, 503):

@@ -15,15 +15,15 @@ import shutil
 import sys
 from pathlib import Path
 
-from deployments.protocol.errors import ApiError, loading
+from deployments.protocol.errors import loading, unknown_url
 
-_NOWHERE = ApiError(404, "Nothing is served there. GET / lists what is.", code="unknown_url")
 _RULE = re.compile(r'^( *http-request return status) 404 content-type text/plain lf-string "Path .*"$', re.MULTILINE)
 
 
 def with_answer(configuration: str, body: Path) -> str:
     """Serve's configuration of HAProxy, with our answer; its body is written to this file."""
-    error = _NOWHERE if "\n    use_backend " in configuration else loading()
+    deployed = "\n    use_backend " in configuration
+    error = unknown_url("Nothing is served there. GET / lists what is.") if deployed else loading()
     body.write_bytes(error.body())
     more = "".join(f" hdr {name} {value}" for name, value in error.headers.items())
     return _RULE.sub(rf"\1 {error.status} content-type application/json file {body}{more}", configuration)

@@ -17,7 +17,7 @@ from deployments.api.record import Record
 from deployments.api.tracing import Tracer
 from deployments.protocol.anthropic_events import error_body
 from deployments.protocol.body import ClientGone
-from deployments.protocol.errors import ApiError, internal_error
+from deployments.protocol.errors import ApiError, internal_error, unknown_url
 
 log = logging.getLogger("mini_llm.api")
 
@@ -110,4 +110,4 @@ async def on_http_error(request: Request, error: Exception) -> Response:
         message = f"Method {request.method[:20]} is not allowed here. Allowed: {headers.get('allow', '')}."
         return await on_api_error(request, ApiError(405, message, code="method_not_allowed", headers=headers))
     message = f"Unknown URL: {request.method[:20]} {request.scope['path'][:200]}. GET / lists what is served."
-    return await on_api_error(request, ApiError(404, message, code="unknown_url"))
+    return await on_api_error(request, unknown_url(message))

@@ -51,6 +51,10 @@ def model_not_found(model: str, served: list[str]) -> ApiError:
     )
 
 
+def unknown_url(message: str) -> ApiError:
+    return ApiError(404, message, code="unknown_url")
+
+
 def context_too_long(limit: int, tokens: int, *, noun: str, at_least: bool = False) -> ApiError:
     """LiteLLM and others recognise this case by the first sentence: keep its words."""
     about = "at least " if at_least else ""

@@ -48,8 +48,8 @@ class Occupants:
     def __init__(self, chain: DecodeChain, most: int) -> None:
         self._state = state = chain.state
         pages, size = chain.kv.k[0].shape[:2]
-        self.near, highest = (max(0, longest_context(chain, far) - _REPLAYS - 1) for far in (False, True))
-        self.near, mean = min(self.near, _NEAR), min(highest, _FAR)
+        near_most, highest = (max(0, longest_context(chain, far) - _REPLAYS - 1) for far in (False, True))
+        self.near, mean = min(near_most, _NEAR), min(highest, _FAR)
         # Long contexts differ, and a step takes as long as its longest: how they are divided is felt. The first is the mean.
         share = ((torch.arange(most, device=state.position.device) * 37 + most // 2) % most + 0.5) / most
         lowest = max(0, 2 * mean - highest)

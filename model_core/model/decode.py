@@ -71,8 +71,7 @@ class DecodeChain:
         """Compute the last tokens of slots `rows` (int64 [M]) and sample the next.
 
         longest: bound of every slot's context. layers: only the first ones, for calibration. ruled: whether a slot has rules
-        that are not HELD; without, a kernel less (2 us of a step). Afterwards `logits` [:M] holds
-        what was sampled from.
+        that are not HELD; without, a kernel less. Afterwards `logits` [:M] holds what was sampled from.
         """
         count = rows.shape[0]
         (self._in_rows if tiles.in_rows else self._in_stream)(rows, tiles, longest, layers)
