@@ -18,6 +18,7 @@ _GAUGES = {
     "pages_cached": "Pages kept by the prefix cache alone, evictable.",
     "step_ms": "Milliseconds of the last engine step.",
     "last_step_age_s": "Seconds since the engine made progress, 0 when it has nothing to do.",
+    "graphs_to_capture": "Steps that are not captured as CUDA graphs yet: each is when the engine is quiet, or needs it.",
 }
 _COUNTERS = {
     "steps": "Engine steps.",

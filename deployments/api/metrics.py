@@ -207,6 +207,8 @@ _GAUGES = (
     ),
     ("mini_llm:step_seconds", "Duration of the last engine step.", lambda s: s.step_ms / 1e3),
     ("mini_llm:last_step_age_seconds", "Since the engine last made progress.", lambda s: s.last_step_age_s),
+    ("mini_llm:graphs_to_capture", "CUDA graphs that the engine captures when it is quiet, or needs them.",
+     lambda s: s.graphs_to_capture),
 )
 _COUNTERS = (
     ("vllm:prompt_tokens", "Prompt tokens computed or taken from the cache.", lambda s: s.prompt_tokens),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import random
 import threading
 import time
@@ -33,6 +34,7 @@ logger = logging.getLogger("mini_llm.engine")
 
 OnStep = Callable[[list[TokenEvent]], None]
 _PAUSE_US = 5000  # for which another thread may keep the interpreter to itself (sys.getswitchinterval)
+_QUIET_S = 0.25  # without work before a graph is captured: 20 ms or more, in which one of a client's next requests would wait
 _MAX_FAILED_STEPS = 3  # in a row; after that the fault is the engine's, not a request's
 
 
@@ -63,7 +65,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._on_step: OnStep = lambda events: None
         self._stopping = False
-        self._progress_at = time.monotonic()
+        self._progress_at = -math.inf  # nobody has come yet
         self._step_ms = 0.0
         self._failed_steps = 0
         self._steps = 0
@@ -134,7 +136,8 @@ class Engine:
             preemptions=s.preemptions, step_ms=self._step_ms,
             last_step_age_s=time.monotonic() - self._progress_at if s.has_work else 0.0,
             gpu_busy_s=self.records.gpu_busy, gpu_idle_s=self.records.gpu_idle,
-            step_tokens=tuple(self.records.step_tokens), computed_tokens=self.records.computed_tokens)
+            step_tokens=tuple(self.records.step_tokens), computed_tokens=self.records.computed_tokens,
+            graphs_to_capture=self.parts.runner.unprepared)
 
     def dispatch_table(self) -> list[dict[str, Any]]:
         """Which implementation runs for which op and shape, and why."""
@@ -159,7 +162,7 @@ class Engine:
             while not self._stopping:
                 if idle := not (self.parts.scheduler.has_work or flights):
                     self._before = None
-                self._read_inbox(wait=idle and not self._prepare())
+                self._read_inbox(wait=self._prepare() if idle else 0)
                 self._turn(flights)
                 self._flush()
         except BaseException as error:  # the last line of defence: say it, end every request, let the health check see
@@ -175,13 +178,19 @@ class Engine:
         except Exception:  # what failed may have been on_step itself
             logger.exception("the last events of %d requests could not be delivered", len(unread))
 
-    def _prepare(self) -> bool:
-        """Use an idle moment; requests are looked at between two pieces of such work."""
+    def _prepare(self) -> float | None:
+        """Use a quiet time: at start, or between two clients, not between two requests of one. Requests are looked at between
+        two pieces of such work. Returns the seconds to wait for one before there is more; None: there is no more."""
         self.stage = "preparing"
-        return not self._inbox and self.parts.runner.prepare()
+        if not self.parts.runner.unprepared:
+            return None
+        noise = self._progress_at + _QUIET_S - time.monotonic()
+        if noise <= 0 and not self._inbox:
+            self.parts.runner.prepare()
+        return max(noise, 0)
 
-    def _read_inbox(self, wait: bool) -> None:
-        self.stage = "idle" if wait else "reading requests"
+    def _read_inbox(self, wait: float | None = 0) -> None:
+        self.stage = "reading requests" if wait == 0 else "idle"
         for item in self._inbox.read(wait):
             self._progress_at = time.monotonic()
             if isinstance(item, tuple):

@@ -1,7 +1,7 @@
 """Captured steps: a decode graph per bucket of rows, a prefill graph per bucket of tokens, each replayed by one call.
 
 A graph reads its inputs from fixed tensors and samples and advances its slots by itself, so the host only says which slots
-a step is about. Buckets that were not captured yet are captured when they are first needed or while the engine is idle: the
+a step is about. Buckets that were not captured yet are captured when they are first needed or while the engine is quiet: the
 kernels themselves are compiled at start.
 """
 

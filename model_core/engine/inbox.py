@@ -44,14 +44,14 @@ class Inbox:
         """Whoever waits for something to read goes on without."""
         self._items.put(None)
 
-    def read(self, wait: bool) -> Iterator[tuple[Request, Compiled | None] | str]:
-        """All that is there. wait: for the first of it."""
+    def read(self, wait: float | None = 0) -> Iterator[tuple[Request, Compiled | None] | str]:
+        """All that is there. wait: seconds at most for the first of it; None: for as long as it takes."""
         while True:
             try:
-                item = self._items.get(block=wait)
+                item = self._items.get(timeout=wait)
             except queue.Empty:
                 return
-            wait = False
+            wait = 0
             if isinstance(item, str):
                 self.left.discard(item)
             if item is not None:
@@ -61,4 +61,4 @@ class Inbox:
         """Take no more requests. Returns the ids of those that were not read."""
         with self._gate:
             self._closed = True
-            return [item[0].request_id for item in self.read(wait=False) if isinstance(item, tuple)]
+            return [item[0].request_id for item in self.read() if isinstance(item, tuple)]

@@ -142,3 +142,4 @@ class EngineStats:
     gpu_idle_s: float = 0.0
     step_tokens: tuple[int, ...] = ()  # steps by tokens computed, up to each of STEP_TOKENS (and beyond); totals since start
     computed_tokens: int = 0  # by all of them
+    graphs_to_capture: int = 0  # when the engine is quiet, or when a step needs one: that step is then tens of ms late

@@ -104,8 +104,13 @@ class StepRunner(Protocol):
         """Compile and allocate what serving will need."""
         ...
 
-    def prepare(self) -> bool:
-        """Do a bit of work that can be done before it is needed; False if there is none. Called while the engine is idle."""
+    @property
+    def unprepared(self) -> int:
+        """Bits of work that can be done before they are needed. Any thread may ask."""
+        ...
+
+    def prepare(self) -> None:
+        """Do one of them, if there is one. Called while the engine is quiet."""
         ...
 
     def explain(self) -> list[dict[str, Any]]:
@@ -154,8 +159,12 @@ class Runner:
             flight.finish()
         return flight
 
-    def prepare(self) -> bool:
-        return False
+    @property
+    def unprepared(self) -> int:
+        return 0
+
+    def prepare(self) -> None:
+        """Nothing is captured here."""
 
     def explain(self) -> list[dict[str, Any]]:
         return self.model.ops.explain()

@@ -140,7 +140,7 @@ class FakeTransport:
     async def stats(self) -> list[EngineStats]:
         if not self.ready:
             return []
-        return [EngineStats(len(self.running), 0, 100, 60, 15, 7, 11, 13, 17, 5, 2, 1.5, 0.0, 90.0, 1.5, (1,) * 14, 77)]
+        return [EngineStats(len(self.running), 0, 100, 60, 15, 7, 11, 13, 17, 5, 2, 1.5, 0.0, 90.0, 1.5, (1,) * 14, 77, 3)]
 
     async def dispatch_table(self) -> list[dict]:
         return [{"op": "rmsnorm", "choice": "torch"}]

@@ -324,6 +324,7 @@ def test_metrics(server):
     assert after[("vllm:generation_tokens_total", engine, model)] == 13
     assert after[("mini_llm:gpu_busy_seconds_total", engine, model)] == 90.0
     assert after[("mini_llm:gpu_idle_seconds_total", engine, model)] == 1.5
+    assert after[("mini_llm:graphs_to_capture", engine, model)] == 3
     assert grown("vllm:time_to_first_token_seconds_count", model) == 2
     assert grown("vllm:inter_token_latency_seconds_count", model) == 6
     assert grown("vllm:request_success_total", model, ("finished_reason", "stop")) == 2

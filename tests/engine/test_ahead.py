@@ -152,7 +152,7 @@ def test_how_many_steps_ahead(folder):
     assert engine._lookahead([mixed, decodes]) == MOST_AHEAD
     engine._inbox.submit(engine._seeded(ask("a", 0)), None)
     assert engine._lookahead([decodes]) == 1
-    engine._read_inbox(wait=False)
+    engine._read_inbox()
     assert engine.parts.scheduler.waiting and engine._lookahead([decodes]) == 1
     engine._most_ahead = 0
     assert engine._lookahead([decodes]) == engine._lookahead([]) == 0

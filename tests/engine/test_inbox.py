@@ -15,15 +15,15 @@ def test_what_was_left_is_read_in_its_order() -> None:
     inbox.abort("a")
     inbox.wake()
     assert len(inbox) == 4 and inbox.left == {"a"}
-    assert list(inbox.read(wait=True)) == [(A, None), (B, None), "a"]
-    assert not inbox and not inbox.left and list(inbox.read(wait=False)) == []
+    assert list(inbox.read(wait=None)) == [(A, None), (B, None), "a"]
+    assert not inbox and not inbox.left and list(inbox.read()) == []
 
 
 def test_a_wait_ends_with_nothing_to_read_if_it_is_told_so() -> None:
     inbox = Inbox()
     timer = threading.Timer(0.05, inbox.wake)
     timer.start()
-    assert list(inbox.read(wait=True)) == []
+    assert list(inbox.read(wait=None)) == []
     timer.join()
 
 
@@ -47,7 +47,7 @@ def test_each_request_is_read_or_named_or_refused() -> None:
 
         thread = threading.Thread(target=leave)
         thread.start()
-        read = [item[0].request_id for item in islice(inbox.read(wait=True), 3) if isinstance(item, tuple)]
+        read = [item[0].request_id for item in islice(inbox.read(wait=None), 3) if isinstance(item, tuple)]
         unread = inbox.close()
         thread.join()
         assert read + unread == taken
