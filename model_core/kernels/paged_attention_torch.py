@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model_core.kernels.runtime import cdiv
 from model_core.model.batch import Batch
+
+# Not cuDNN's, which plans anew for every length that a thread has not seen.
+_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def paged_attention_torch(
@@ -29,16 +35,17 @@ def paged_attention_torch(
     columns = cdiv(batch.max_context_len, page_size)
     tables = batch.block_tables[:, :columns].tolist() if on_cpu else batch.block_tables  # a GPU is not waited for
     start = 0
-    for s, (query_len, context) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
-        first = max(0, context - query_len - window + 1) if window else 0  # the oldest key any of these queries sees
-        low, high = first // page_size, cdiv(context, page_size)
-        pages = tables[s][low:high]
-        k = _gather(k_cache, pages)[first - low * page_size : context - low * page_size].transpose(0, 1).unsqueeze(0)
-        v = _gather(v_cache, pages)[first - low * page_size : context - low * page_size].transpose(0, 1).unsqueeze(0)
-        rows = q[start : start + query_len]
-        attend = _each_alone if by_token else _together
-        attend(rows, k, v, out[start : start + query_len], window, scale)
-        start += query_len
+    with nullcontext() if on_cpu else sdpa_kernel(_BACKENDS):
+        for s, (query_len, context) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
+            first = max(0, context - query_len - window + 1) if window else 0  # the oldest key any of these queries sees
+            low, high = first // page_size, cdiv(context, page_size)
+            pages = tables[s][low:high]
+            k = _gather(k_cache, pages)[first - low * page_size : context - low * page_size].transpose(0, 1).unsqueeze(0)
+            v = _gather(v_cache, pages)[first - low * page_size : context - low * page_size].transpose(0, 1).unsqueeze(0)
+            rows = q[start : start + query_len]
+            attend = _each_alone if by_token else _together
+            attend(rows, k, v, out[start : start + query_len], window, scale)
+            start += query_len
     return out
 
 
