@@ -101,9 +101,13 @@ def cpu_seconds(pids: list[int]) -> float:
     return total / 1e9
 
 
+def _program(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[0].rpartition("/")[2]
+
+
 def find_processes(server: Server) -> dict[str, list[int]]:
     found = {name: server.pids(title) for name, title in PROCESSES.items() if title}
-    found["haproxy"] = [pid for pid in server.pids() if Path(f"/proc/{pid}/comm").read_text().strip() == "haproxy"]
+    found["haproxy"] = [pid for pid in server.pids() if _program(pid) == "haproxy"]
     return found
 
 

@@ -24,7 +24,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deployments import haproxy
 from deployments.check import read_config
 from model_core.errors import ConfigError, MiniLLMError
 
@@ -292,8 +291,6 @@ def _environment(folder: Path) -> Iterator[None]:
     for key, name in (("CONFIG_FILE_LOC", "haproxy.cfg"), ("SOCKET_PATH", "admin.sock"), ("SERVER_STATE_BASE", ""),
                       ("SERVER_STATE_FILE", "server-state"), ("METRICS_SOCKET_PATH", "metrics.sock")):  # fmt: skip
         os.environ.setdefault(f"RAY_SERVE_HAPROXY_{key}", str(folder / name))
-    if (program := haproxy.starter(folder)) is not None:
-        os.environ.setdefault("RAY_SERVE_HAPROXY_BINARY_PATH", str(program))
     try:
         yield
     finally:
