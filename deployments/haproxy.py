@@ -42,7 +42,8 @@ _ANSWERS = {  # short, and sent without a reason phrase: each must fit where HAP
 def install() -> None:
     """Have Serve start `mini-llm-haproxy`. Its controller calls this before it starts a proxy, as serve_config.yaml says.
 
-    The controller's variables are those of the proxy, too, but serve_config.yaml cannot name a program of this environment.
+    The file's env_vars reach the proxy, too, but cannot name a program of this environment. On other nodes, if there are proxies
+    (`proxy_location: EveryNode`), it must have the path that it has here.
     """
     from ray.runtime_env import RuntimeEnv
     from ray.serve._private import controller
@@ -70,7 +71,7 @@ def main() -> None:
         sys.exit("there is no HAProxy")
     try:
         _become(in_our_words(Path(binary).read_bytes()), [binary, *arguments])
-    except OSError as error:  # a kernel that runs nothing from memory
+    except (OSError, AttributeError) as error:  # a system that runs nothing from memory
         print(f"HAProxy keeps its own answers: {error}", file=sys.stderr, flush=True)
         os.execv(binary, [binary, *arguments])
 

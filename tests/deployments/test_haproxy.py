@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from ray.serve._private import controller, haproxy_templates
 
-from benchmarks.server import free_ports
+from benchmarks.server import ROOT, free_ports
 from deployments import haproxy
 from tests.deployments.raw import TO_HAPROXY, ask
 
@@ -76,6 +76,10 @@ def test_each_page_of_haproxy_has_room_for_our_answer():
             assert b"</html>" in body
         else:
             assert body == error.body() and head.endswith(b"content-length: %d" % len(body))
+    readme = (ROOT / "README.md").read_text()
+    for status in (400, 408, 413, 422):
+        error = haproxy._ANSWERS[status]
+        assert f"| {status} `{error.code}` | {error.message} |" in readme
     assert haproxy.in_our_words(b"\0HTTP/1.1 400 </html>\n\0") == b"\0HTTP/1.1 400 </html>\n\0"  # too short for ours
 
 
