@@ -1,11 +1,12 @@
 """HAProxy with our answers, in the place of the one that Ray Serve would start.
 
 Serve writes HAProxy's configuration, with bare text and a 404 for every path as long as no application runs, which may take as
-long as its weights. And HAProxy answers a head that it cannot parse with a page of HTML that is compiled into it: the HTTP/1
-part of 2.8 takes no `errorfile` for it (h1_send_error), a frontend in TCP mode leaves such heads to that part, too, and `option
-accept-invalid-http-request` lets only a few of them pass (measured). So Serve's controller names `mini-llm-haproxy` as the
-HAProxy to start (`install`). That changes the rule in the file, which Serve writes anew before every start and reload, and
-becomes a HAProxy with other texts in the place of those pages: a copy in memory, 10 ms of a start and nothing of a request.
+long as its weights. And HAProxy answers what it cannot parse with a page of HTML that is compiled into it: the HTTP/1 part of
+2.8 takes no `errorfile` for it (h1_send_error), `option accept-invalid-http-request` lets only a few cases pass, and a frontend
+in TCP mode sees the first head of a connection only, and has no place for Serve's metrics (measured). So Serve's controller
+names `mini-llm-haproxy` as the HAProxy to start (`install`). That changes the rule in the file, which Serve writes anew before
+every start and reload, and becomes a HAProxy with other texts in the place of those pages: a copy in memory, 10 ms of a start
+and nothing of a request.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ _ANSWERS = {  # short, and sent without a reason phrase: each must fit where HAP
 def install() -> None:
     """Have Serve start `mini-llm-haproxy`. Its controller calls this before it starts a proxy, as serve_config.yaml says.
 
-    The file's env_vars reach the proxy, too, but cannot name a program of this environment. On other nodes, if there are proxies
-    (`proxy_location: EveryNode`), it must have the path that it has here.
+    The file's env_vars reach the proxy, too, but cannot name a program of this environment. Where other nodes have proxies
+    (`proxy_location: EveryNode`), it must have the same path there.
     """
     from ray.runtime_env import RuntimeEnv
     from ray.serve._private import controller
