@@ -199,7 +199,7 @@ class StreamedAnswer(Answer):
 
     async def _produce(self, scope: Scope, send: Send) -> None:
         job, service = self._job, self._service
-        request = job.request
+        tells_usage = job.request.continuous_usage
         self._prompts = [{} for _ in job.choices]
         lines = self._lines()
         logprobs = [job.logprobs(service, choice) for choice in job.choices]
@@ -217,7 +217,7 @@ class StreamedAnswer(Answer):
             writer = logprobs[i]
             if writer is not None and (entries := choice.take_entries()):
                 shown = writer.json(entries, job.max_logprobs)
-            usage = job.usage() if request.continuous_usage else None
+            usage = job.usage() if tells_usage else None
             if choice.calls is not None:
                 for piece in choice.take_pieces(text):
                     write = line.text if isinstance(piece, str) else line.call

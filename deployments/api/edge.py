@@ -75,6 +75,7 @@ class Edge:
                 raise  # the response has begun: the server must cut it, so that it cannot look complete
             await refuse(internal_error(), scope, receive, send_start)
         finally:
+            del scope["mini_llm.send"]  # it leads back to the scope: else 60 objects a request wait for the garbage collector
             method = record.method if record.method in _METHODS else "other"
             self._metrics.count_http(method, route, record.status, record.seconds())
             if record.status in (429, 503):

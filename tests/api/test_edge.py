@@ -1,6 +1,7 @@
 """Every refusal of the edge (api.md, section 3) in one table: status, envelope, headers, request id, access log."""
 
 import asyncio
+import gc
 import json
 import logging
 import re
@@ -9,6 +10,7 @@ import time
 
 import pytest
 
+from deployments.api.job import Job
 from deployments.protocol import body as body_module
 from deployments.transport.base import NotReady, Overloaded, ReplicaLost
 from model_core.errors import EngineDead
@@ -218,3 +220,18 @@ def test_many_clients_with_every_kind_of_request(server):
     asyncio.run(run())
     server.wait_idle()
     assert set(statuses) == {200, 400, 503} and len(statuses) > 500  # an overloaded server does not even read bad bodies
+
+
+def test_a_request_leaves_nothing_for_the_garbage_collector(server):
+    """It would wait there in hundreds, and looking for them stops every stream for tens of milliseconds."""
+    gc.collect()
+    gc.disable()
+    try:
+        server.stream(max_tokens=3)
+        server.chat(max_tokens=3)
+        end = time.monotonic() + 2
+        while left := sum(type(one) is Job for one in gc.get_objects()):
+            assert time.monotonic() < end, f"{left} jobs are kept by a cycle"
+            time.sleep(0.05)
+    finally:
+        gc.enable()
