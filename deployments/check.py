@@ -222,7 +222,7 @@ def _check_application(application: ServeApplicationSchema, args: AppArgs) -> It
 
     gpus = gpu_names()
     try:
-        placement = place(args, len(gpus))
+        placement = place(args, len(gpus), os.cpu_count() or 1)
     except ConfigError as error:
         yield Finding("device", "error", str(error))
         return

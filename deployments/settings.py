@@ -134,7 +134,8 @@ class AppArgs(BaseModel):
     )
     api_replicas: Count = Field(
         default="auto",
-        description="HTTP replicas (one writes about 10,000 tokens/s); `auto` is one per two GPUs, at least one.",
+        description="HTTP replicas (one takes in 900 requests/s at most, or writes 30,000 tokens/s); `auto` is four per GPU, "
+        "but no more than one per four cores, and one without a GPU.",
     )
     transport: Literal["push", "handle"] = Field(
         default="push",

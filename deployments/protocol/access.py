@@ -61,8 +61,8 @@ class Access(BaseModel):
     keys: list[ApiKey] = Field(
         default_factory=list,
         description="API keys: name, one of sha256, env (a variable's name) and key, and optional requests_per_minute, "
-        "tokens_per_minute and concurrent_requests (counted by each HTTP replica). Any key closes everything but /, /health, "
-        "/ready, /version, /docs, /openapi.json.",
+        "tokens_per_minute and concurrent_requests (counted by each HTTP replica, see api_replicas). Any key closes everything "
+        "but /, /health, /ready, /version, /docs, /openapi.json.",
     )
     keys_file: str | None = Field(
         default=None, min_length=1, description="YAML file with more of such keys; read again when it changes."

@@ -87,13 +87,14 @@ def test_keys_are_checked_inside_lists_and_optional_sections():
 
 def test_the_same_arguments_fit_a_gpu_machine_and_one_without():
     auto = AppArgs()
-    cpu, one, eight = place(auto, 0), place(auto, 1), place(auto, 8)
+    cpu, one, eight = place(auto, 0, 16), place(auto, 1, 16), place(auto, 8, 128)
     assert (cpu.device, cpu.replicas, cpu.api_replicas, cpu.num_gpus) == ("cpu", 1, 1, 0)
-    assert (one.device, one.replicas, one.api_replicas, one.num_gpus) == ("cuda", 1, 1, 1)
-    assert (eight.device, eight.replicas, eight.api_replicas, eight.num_gpus) == ("cuda", 8, 4, 1)
-    forced = place(parse_args({"engine": {"device": "cpu"}, "replicas": 3, "api_replicas": 2}, AppArgs), 8)
+    assert (one.device, one.replicas, one.api_replicas, one.num_gpus) == ("cuda", 1, 4, 1)
+    assert (eight.device, eight.replicas, eight.api_replicas, eight.num_gpus) == ("cuda", 8, 32, 1)
+    assert [place(auto, 8, cores).api_replicas for cores in (2, 16, 64)] == [1, 4, 16]  # the engines need cores, too
+    forced = place(parse_args({"engine": {"device": "cpu"}, "replicas": 3, "api_replicas": 2}, AppArgs), 8, 128)
     assert (forced.device, forced.replicas, forced.api_replicas, forced.num_gpus) == ("cpu", 3, 2, 0)
     with pytest.raises(ConfigError, match="engine.device is cuda but Ray sees no GPU"):
-        place(parse_args({"engine": {"device": "cuda"}}, AppArgs), 0)
+        place(parse_args({"engine": {"device": "cuda"}}, AppArgs), 0, 16)
     with pytest.raises(ConfigError, match="replicas is 3 but the cluster has 2 GPUs"):
-        place(parse_args({"replicas": 3}, AppArgs), 2)
+        place(parse_args({"replicas": 3}, AppArgs), 2, 16)
