@@ -34,6 +34,7 @@ class _Live:
     request: Request
     tokens: Iterator[int]
     left: int
+    begun: float | None  # time.monotonic(), until its first token
 
 
 class FakeEngine:
@@ -160,7 +161,8 @@ class FakeEngine:
         seed = item.params.seed if item.params.seed is not None else len(item.prompt_ids)
         count = item.params.max_tokens
         # drawn at once: a draw per token would be half of what this process spends on it
-        self._live[item.request_id] = _Live(item, iter(random.Random(seed).choices(self._ids, k=count)), count)
+        self._live[item.request_id] = _Live(item, iter(random.Random(seed).choices(self._ids, k=count)), count,
+                                             time.monotonic())  # fmt: skip
         self._prompt_tokens += len(item.prompt_ids)
         if self._trace:
             self._begun.append(item.params.seed)
@@ -169,13 +171,15 @@ class FakeEngine:
         key, params = live.request.request_id, live.request.params
         token = next(live.tokens)
         live.left -= 1
-        logprobs = None
+        logprobs = waits = None
+        if live.begun is not None:
+            waits, live.begun = (0.0, time.monotonic() - live.begun), None
         if params.logprobs is not None:
             logprobs = [TokenLogprobs(-1.0, [(self._ids[i], -1.0 - i) for i in range(params.logprobs)])]
         if live.left:
-            return TokenEvent(key, [token], None, logprobs)
+            return TokenEvent(key, [token], None, logprobs, waits=waits)
         del self._live[key]
-        return TokenEvent(key, [token], "length", logprobs)
+        return TokenEvent(key, [token], "length", logprobs, waits=waits)
 
 
 class FakeArgs(AppArgs):

@@ -3,11 +3,11 @@
     python -m benchmarks.serve_load [--streams 1 16 64 200] [--transport push handle] [--rounds 3]
 
 Everything but the engine is real: HAProxy, the HTTP API with SmolLM2's tokenizer and detokeniser, the token transport, the
-model replica. The engine makes one token per stream and 20 ms step, each of four letters, so that the client can tell from
+model replica. The engine makes one token per stream and step, each of four letters, so that the client can tell from
 an event's length how many tokens it brings. The client is a process of its own (uvloop, raw sockets); it opens all streams
 at once. Figures are the medians of the rounds.
 
-tok_s      tokens / time from the first connection to the last token: at 200 streams 10,000 are made per second
+tok_s      tokens / time from the first connection to the last token: at 200 streams 10,000 are made per second with steps of 20 ms
 delay_ms   from the step that made a token to the arrival of its event at the client, on one clock
 cpu_us     CPU time (user and system, from the scheduler's counters) per token and process, idle load subtracted;
            engine_thread is the part of engine that the fake engine itself takes
@@ -33,7 +33,6 @@ from benchmarks.report import write_report
 from benchmarks.server import ROOT, Server, serving
 
 LETTERS = 4
-STEP_MS = 20.0
 _MARK = b'"content":"'
 PROCESSES = {"engine": "ray::ServeReplica:llm:Model", "api": "ray::ServeReplica:llm:Api", "haproxy": ""}
 
@@ -161,6 +160,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64, 200])
     parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--step-ms", type=float, default=20.0)
     parser.add_argument("--transport", nargs="+", default=["push", "handle"], choices=["push", "handle"])
     parser.add_argument("--model", type=Path, default=ROOT / "weight" / "SmolLM2-135M-Instruct", help="a tokenizer's folder")
     parser.add_argument("--out", type=Path)
@@ -168,7 +168,7 @@ def main() -> None:
     rows = []
     for transport in options.transport:
         trace = Path(f"/dev/shm/mini-llm-serve-load-{time.time_ns()}")
-        args = {"model": str(options.model.resolve()), "fallback": None, "step_ms": STEP_MS, "letters": LETTERS,
+        args = {"model": str(options.model.resolve()), "fallback": None, "step_ms": options.step_ms, "letters": LETTERS,
                 "trace": str(trace), "transport": transport}  # fmt: skip
         try:
             with serving(args, import_path="benchmarks.fake_engine:build") as server:
@@ -176,8 +176,8 @@ def main() -> None:
                 for streams in options.streams:
                     rounds = [one_round(server, trace, streams, options.tokens) for _ in range(options.rounds)]
                     row = {key: round(statistics.median(r[key] for r in rounds), 1) for key in rounds[0]}
-                    rows.append({"transport": transport, "streams": streams, "tokens": options.tokens, "step_ms": STEP_MS,
-                                 "rounds": options.rounds, **row})  # fmt: skip
+                    rows.append({"transport": transport, "streams": streams, "tokens": options.tokens,
+                                 "step_ms": options.step_ms, "rounds": options.rounds, **row})  # fmt: skip
                     print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         finally:
             trace.unlink(missing_ok=True)
