@@ -88,7 +88,7 @@ def random_engine(shape: str, *, seed: int = 0, settle: bool = True, **config: o
     engine = Engine(assemble(model, parameters, settings, placed), settings, name=shape)
     timed = TimedEngine(engine)
     try:
-        while settle and engine.stage != "idle":
+        while settle and engine.alive and engine.stats().graphs_to_capture:
             time.sleep(0.01)
         yield timed
     finally:

@@ -7,7 +7,7 @@ model replica. The engine makes one token per stream and step, each of four lett
 an event's length how many tokens it brings. The client is a process of its own (uvloop, raw sockets); it opens all streams
 at once. Figures are the medians of the rounds.
 
-tok_s      tokens / time from the first connection to the last token: at 200 streams 10,000 are made per second with steps of 20 ms
+tok_s      tokens / time from the first connection to the last token: in steps of 20 ms, 200 streams are 10,000 per second
 delay_ms   from the step that made a token to the arrival of its event at the client, on one clock
 cpu_us     CPU time (user and system, from the scheduler's counters) per token and process, idle load subtracted;
            engine_thread is the part of engine that the fake engine itself takes

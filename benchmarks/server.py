@@ -62,6 +62,11 @@ class Server:
             assert time.monotonic() < end, f"still waiting after {seconds} s; the log:\n{self.tail()}"
             time.sleep(0.25)
 
+    def wait_captured(self, seconds: float = 60) -> None:
+        """Until no engine has CUDA graphs left to capture: before, a request may wait for one."""
+        left = re.compile(r"^mini_llm:graphs_to_capture{.*} (.*)$", re.MULTILINE)
+        self.wait_until(lambda: {*left.findall(self.get("/metrics")[1])} == {"0.0"}, seconds)
+
     def model_pid(self) -> int:
         """Process id of the newest model replica, from the prefix that Ray gives its log lines."""
         return int(re.findall(r"ServeReplica:llm:Model pid=(\d+)", self.log.read_text())[-1])
