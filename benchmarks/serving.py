@@ -36,7 +36,7 @@ from benchmarks.server import ROOT, serving
 
 _TEXT = "the sea is wide and a small boat goes out in the early morning to look for fish near old stones"
 _EVENT = b'data: {"'  # what begins each, and is nowhere else: quotes in a text are escaped
-CONNECT_S = 0.3  # for the processes of the clients, before they ask
+CONNECT_S = 0.5  # for the processes of the clients, before they ask
 
 
 @dataclass
