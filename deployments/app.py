@@ -55,12 +55,10 @@ def place(args: AppArgs, gpus: int, cpus: int) -> Placement:
     if device == "cuda" and replicas > gpus:
         raise ConfigError(f"replicas is {replicas} but the cluster has {gpus} GPUs, one per replica: set replicas to "
                           f"auto or at most {gpus}")  # fmt: skip
-    api_replicas = args.api_replicas
-    if api_replicas == "auto":
-        # Of a core, one takes 1.1 ms for a request and 14 to 35 us for a token (EPYC), while a GPU may make 76,000 tokens/s
-        # (TinyLlama on an H100) and 128 clients may come at once. Engines, HAProxy and Ray need the other cores.
-        api_replicas = 1 if device == "cpu" else max(1, min(4 * replicas, cpus // 4))
-    return Placement(device, replicas, api_replicas)
+    # An HTTP replica takes 1.1 ms of CPU for a request and 14 to 35 us for a token (EPYC), while a GPU may make 76,000 tokens/s
+    # (TinyLlama on an H100) and 128 clients may come at once. Engines, HAProxy and Ray need the other cores.
+    enough = 1 if device == "cpu" else max(1, min(4 * replicas, cpus // 4))
+    return Placement(device, replicas, enough if args.api_replicas == "auto" else args.api_replicas)
 
 
 def build(args: AppArgs) -> Application:

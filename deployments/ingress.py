@@ -6,10 +6,13 @@ import gc
 from typing import TYPE_CHECKING
 
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 
 from deployments.api.app import create_app
+from deployments.api.metrics import Metrics
 from deployments.api.tracing import open_tracer
 from deployments.grpc_batch import finish_batches
 from deployments.logs import log_to_stderr
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 # More objects than before, and the garbage collector looks for cycles. Requests leave none of ours, but those in flight have
 # 180 each: with Python's 700 looking through them, again and again, takes a tenth of this process' CPU time.
 _MORE_OBJECTS = 50_000
+METRICS_TIMEOUT_S = 1.5
 
 
 # Everything about limits and queues is the app's own (api/admission.py, api/supervise.py): Serve would answer in bare
@@ -37,6 +41,8 @@ class Api:
         finish_batches()
         self._model = model
         self._args = args
+        me = serve.get_replica_context()
+        self._replicas = serve.get_deployment_handle(me.deployment, me.app_name)
         self._tokenizer = load_tokenizer(local_model.path)
         log_to_stderr("%(message)s")  # access records are JSON already
 
@@ -46,11 +52,24 @@ class Api:
         args = self._args
         tracer = None if args.tracing is None else open_tracer(args.tracing)
         app = create_app(transport, self._tokenizer, args.limits, args.access, tracer=tracer, tag_responses=False,
-                         tool_parser=args.tool_parser)  # fmt: skip
+                         tool_parser=args.tool_parser, everyone=self._everyone)  # fmt: skip
         self._service = app.state.service
         gc.freeze()  # what is here by now stays: a collection that looks through it takes 0.1 s
         gc.set_threshold(_MORE_OBJECTS)
         return app
+
+    async def metrics(self) -> Metrics:
+        """What this replica has counted."""
+        return self._service.own_metrics()
+
+    async def _everyone(self) -> list[Metrics]:
+        """The same of all replicas that answer in time."""
+        try:
+            calls = self._replicas.broadcast("metrics")
+            found = await calls.results_async(timeout_s=METRICS_TIMEOUT_S, return_exceptions=True)
+        except (RayError, RayServeException, TimeoutError):
+            found = []
+        return [one for one in found if isinstance(one, Metrics)]
 
     async def stop(self, grace_s: float) -> None:
         """The launcher's farewell: Serve kills its proxy first, and with it every stream."""

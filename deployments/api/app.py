@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
@@ -23,7 +23,7 @@ from deployments.api.guard import OPEN_PATHS, Cors, Guard
 from deployments.api.incoming import read_body
 from deployments.api.job import chat_job, completion_job
 from deployments.api.keys import KeyRing
-from deployments.api.metrics import CONTENT_TYPE
+from deployments.api.metrics import CONTENT_TYPE, Metrics
 from deployments.api.service import Service
 from deployments.api.texts import TextRoutes
 from deployments.api.tracing import Tracer
@@ -46,6 +46,7 @@ def create_app(
     tracer: Tracer | None = None,
     tag_responses: bool = True,
     tool_parser: ToolParser = "auto",
+    everyone: Callable[[], Awaitable[list[Metrics]]] | None = None,
 ) -> Starlette:
     """The API over one served model. The app starts and closes the transport with its lifespan.
 
@@ -53,9 +54,10 @@ def create_app(
     tracer: gets a span of every generation request; closed with the app.
     tag_responses: send the header x-request-id (Ray Serve's proxies send it themselves).
     tool_parser: the form in which the model writes calls of tools.
+    everyone: asks all replicas of this app, itself among them, for their metrics; None: there is this one.
     app.state.service is the Service; app.state.service.gate.drain() stops admission.
     """
-    service = Service(transport, tokenizer, limits, version=_version(), tool_parser=tool_parser)
+    service = Service(transport, tokenizer, limits, version=_version(), tool_parser=tool_parser, everyone=everyone)
     endpoints, texts, dialects = Endpoints(service), TextRoutes(service), DialectRoutes(service)
     routes = [
         Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
@@ -166,7 +168,7 @@ class Endpoints:
             model, pool_tokens = info.model, info.pool_tokens
         except ApiError:
             model, pool_tokens = "", 0
-        text = service.metrics.render(model, pool_tokens, stats, service.gate.active)
+        text = (await service.all_metrics()).render(model, pool_tokens, stats)
         return Response(text, headers={"content-type": CONTENT_TYPE})
 
     async def version(self, request: Request) -> Response:

@@ -1,7 +1,8 @@
 """/metrics: Prometheus text under vLLM's names, so that its dashboards work unchanged.
 
-Latencies and request counts are of this Api replica (measured where the client sees them); engine gauges and token
-counters are read from every model replica at scrape time and labelled `engine`. Histograms are plain integers, not
+Latencies and request counts are measured where the client sees them, in each Api replica, and summed over all of them by the
+one that is asked; engine gauges and token counters are read from every model replica at scrape time and labelled `engine`.
+Histograms are plain integers, not
 prometheus_client's: one observation per token must not take a lock (0.2 us against 1.1 us, EPYC).
 """
 
@@ -54,6 +55,13 @@ class Histogram:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
+    def __add__(self, other: Histogram) -> Histogram:
+        """Both, which have the same bounds."""
+        both = Histogram(self.name, self.help, self._bounds)
+        both._counts = [a + b for a, b in zip(self._counts, other._counts, strict=True)]
+        both._sum = self._sum + other._sum
+        return both
+
     def family(self, labels: dict[str, str]) -> HistogramMetricFamily:
         family = HistogramMetricFamily(self.name, self.help, labels=list(labels))
         self.add_to(family, *labels.values())
@@ -71,9 +79,13 @@ def _buckets(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, 
 
 
 class Metrics:
-    """What one Api replica has seen since it started."""
+    """What one Api replica has seen since it started, or what several have.
+
+    active: sequences that they hold, set when somebody asks.
+    """
 
     def __init__(self) -> None:
+        self.active = 0
         self.time_to_first_token = Histogram(
             "vllm:time_to_first_token_seconds", "From the request's arrival at the API to its first token.", _TTFT
         )
@@ -112,6 +124,17 @@ class Metrics:
         self.unknown_fields = 0
         self.cached_tokens = 0
 
+    def __add__(self, other: Metrics) -> Metrics:
+        both = Metrics()
+        for name, own in vars(self).items():
+            its = getattr(other, name)
+            if type(own) is dict:
+                value = {**own, **its, **{key: own[key] + its[key] for key in own.keys() & its.keys()}}
+            else:
+                value = own + its
+            setattr(both, name, value)
+        return both
+
     def count_http(self, method: str, route: str, status: int, seconds: float) -> None:
         """One answered request. method and route must be of small sets."""
         self.http[method, route, str(status)] += 1
@@ -133,13 +156,12 @@ class Metrics:
     def histograms(self) -> Iterator[Histogram]:
         return (value for value in vars(self).values() if isinstance(value, Histogram))
 
-    def render(self, model: str, pool_tokens: int, stats: Sequence[EngineStats], active: int) -> bytes:
-        """The exposition text. pool_tokens: of each replica's KV pool; stats: one reading per model replica; active:
-        sequences held by this Api replica."""
-        families = chain(_engine_families(model, pool_tokens, stats), self._families(model, active))
+    def render(self, model: str, pool_tokens: int, stats: Sequence[EngineStats]) -> bytes:
+        """The exposition text. pool_tokens: of each replica's KV pool; stats: one reading per model replica."""
+        families = chain(_engine_families(model, pool_tokens, stats), self._families(model))
         return generate_latest(_Snapshot(families))  # type: ignore[arg-type]
 
-    def _families(self, model: str, active: int) -> Iterator[Metric]:
+    def _families(self, model: str) -> Iterator[Metric]:
         label = {"model_name": model}
         for histogram in self.histograms():
             yield histogram.family(label)
@@ -153,8 +175,8 @@ class Metrics:
         unknown = CounterMetricFamily("mini_llm:unknown_request_fields", "Request fields that were ignored as unknown.")
         unknown.add_metric([], self.unknown_fields)
         yield unknown
-        held = GaugeMetricFamily("mini_llm:api_active_sequences", "Sequences this Api replica is answering.")
-        held.add_metric([], active)
+        held = GaugeMetricFamily("mini_llm:api_active_sequences", "Sequences that the Api replicas are answering.")
+        held.add_metric([], self.active)
         yield held
         http = CounterMetricFamily("http_requests", "HTTP requests.", labels=["method", "handler", "status"])
         for labels, count in self.http.items():

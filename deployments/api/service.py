@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import reduce
+from operator import add
 from typing import TypeVar
 
 import orjson
@@ -29,11 +31,12 @@ T = TypeVar("T")
 
 
 class Service:
-    """One per Api replica."""
+    """One per Api replica. everyone: the metrics of all of them, if there are others."""
 
     def __init__(
-        self, transport: Transport, tokenizer: Tokenizer, limits: Limits, *, version: str, tool_parser: ToolParser = "auto"
-    ) -> None:
+        self, transport: Transport, tokenizer: Tokenizer, limits: Limits, *, version: str, tool_parser: ToolParser = "auto",
+        everyone: Callable[[], Awaitable[list[Metrics]]] | None = None,
+    ) -> None:  # fmt: skip
         self.transport = transport
         self.tokenizer = tokenizer
         self.calls = choose(tool_parser, tokenizer)
@@ -45,6 +48,7 @@ class Service:
         self.version = version
         self.created = int(time.time())
         self.metrics = Metrics()
+        self._everyone = everyone
         self.gate = Gate(self._capacity, limits.max_queued_requests)
         self.stopping = asyncio.Event()  # set: whatever still runs ends now, with an error
         # text work only; two threads keep one long prompt from delaying the next, and leave the GIL to the event loop
@@ -88,6 +92,15 @@ class Service:
             return await asyncio.wait_for(self.transport.stats(), PROBE_TIMEOUT_S)
         except (NotReady, asyncio.TimeoutError):
             return []
+
+    def own_metrics(self) -> Metrics:
+        self.metrics.active = self.gate.active
+        return self.metrics
+
+    async def all_metrics(self) -> Metrics:
+        """Of all Api replicas together that answer; a proxy asks one or the other."""
+        found = [] if self._everyone is None else await self._everyone()
+        return reduce(add, found) if found else self.own_metrics()
 
     async def is_ready(self) -> bool:
         if self.gate.is_draining or not await self.stats():

@@ -4,6 +4,7 @@ import asyncio
 import http.client
 import json
 import logging
+import pickle
 import re
 import socket
 import threading
@@ -13,6 +14,7 @@ import openai
 import pytest
 
 from deployments.api.app import create_app
+from deployments.api.metrics import Metrics
 from deployments.transport.base import NotReady, Overloaded, ReplicaLost
 from model_core.errors import EngineDead, RequestError
 
@@ -427,3 +429,26 @@ def test_the_access_log_has_one_line_and_no_text(server, caplog):
     assert bad["status"] == 400 and bad["error"] == "integer_below_min_value"
     assert gone["stream"] is True
     assert "secret" not in caplog.text and "Hello" not in caplog.text
+
+
+def test_metrics_of_several_replicas_are_summed():
+    a, b = Metrics(), Metrics()
+    for metrics, count in ((a, 1), (b, 2)):
+        metrics.active, metrics.unknown_fields = count, 10 * count
+        for _ in range(count):
+            metrics.count_http("GET", "/ready", 200, 0.25)
+            metrics.time_to_first_token.observe(0.5)
+        metrics.finished["stop"] += count
+    a.count_http("POST", "/v1/messages", 200, 1.0)
+    b.count_gen_ai("chat", duration=1.0, first=None)
+    found = samples((pickle.loads(pickle.dumps(a)) + b).render("m", 0, []).decode())
+    model = ("model_name", "m")
+    assert found[("vllm:time_to_first_token_seconds_count", model)] == 3
+    assert found[("vllm:time_to_first_token_seconds_sum", model)] == 1.5
+    assert found[("vllm:request_success_total", ("finished_reason", "stop"), model)] == 3
+    assert found[("mini_llm:api_active_sequences",)] == 3 and found[("mini_llm:unknown_request_fields_total",)] == 30
+    assert found[("http_request_duration_seconds_count", ("handler", "/ready"), ("method", "GET"))] == 3
+    assert found[("http_request_duration_seconds_count", ("handler", "/v1/messages"), ("method", "POST"))] == 1
+    assert found[("gen_ai_server_request_duration_seconds_count", ("gen_ai_operation_name", "chat"),
+                  ("gen_ai_provider_name", "mini-llm-infra"), ("gen_ai_request_model", "m"))] == 1  # fmt: skip
+    assert a.time_to_first_token._counts != b.time_to_first_token._counts, "neither has changed"
