@@ -56,8 +56,9 @@ def place(args: AppArgs, gpus: int, cpus: int) -> Placement:
         raise ConfigError(f"replicas is {replicas} but the cluster has {gpus} GPUs, one per replica: set replicas to "
                           f"auto or at most {gpus}")  # fmt: skip
     # An HTTP replica takes 1.1 ms of CPU for a request and 14 to 35 us for a token (EPYC), while a GPU may make 76,000 tokens/s
-    # (TinyLlama on an H100) and 128 clients may come at once. Engines, HAProxy and Ray need the other cores.
-    enough = 1 if device == "cpu" else max(1, min(4 * replicas, cpus // 4))
+    # (TinyLlama on an H100) and 128 clients may come at once. Engines, HAProxy and Ray need the other cores. Only one replica
+    # can hold a key to its limits.
+    enough = 1 if device == "cpu" or args.access.counts else max(1, min(4 * replicas, cpus // 4))
     return Placement(device, replicas, enough if args.api_replicas == "auto" else args.api_replicas)
 
 

@@ -135,7 +135,7 @@ class AppArgs(BaseModel):
     api_replicas: Count = Field(
         default="auto",
         description="HTTP replicas (one takes in 900 requests/s at most, or writes 30,000 tokens/s); `auto` is four per GPU, "
-        "but no more than one per four cores, and one without a GPU.",
+        "but no more than one per four cores; one without a GPU, or where keys have limits (or are in a file).",
     )
     transport: Literal["push", "handle"] = Field(
         default="push",

@@ -76,6 +76,12 @@ class Access(BaseModel):
     def needs_key(self) -> bool:
         return bool(self.keys) or self.keys_file is not None
 
+    @property
+    def counts(self) -> bool:
+        """Whether a key may have limits, which each HTTP replica counts by itself."""
+        limits = ("requests_per_minute", "tokens_per_minute", "concurrent_requests")
+        return self.keys_file is not None or any(getattr(key, name) is not None for key in self.keys for name in limits)
+
     def settled(self, folder: Path) -> Access:
         """As the HTTP replicas need it: digests in place of keys and variables, keys_file (relative to `folder`)
         absolute and readable. Raises ConfigError."""

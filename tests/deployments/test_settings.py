@@ -92,6 +92,11 @@ def test_the_same_arguments_fit_a_gpu_machine_and_one_without():
     assert (one.device, one.replicas, one.api_replicas, one.num_gpus) == ("cuda", 1, 4, 1)
     assert (eight.device, eight.replicas, eight.api_replicas, eight.num_gpus) == ("cuda", 8, 32, 1)
     assert [place(auto, 8, cores).api_replicas for cores in (2, 16, 64)] == [1, 4, 16]  # the engines need cores, too
+    keys = [{"name": "a", "sha256": "0" * 64}]
+    limited = [{**keys[0], "concurrent_requests": 2}]
+    for access, expected in (({"keys": keys}, 4), ({"keys": limited}, 1), ({"keys_file": "keys.yaml"}, 1)):
+        assert place(parse_args({"access": access}, AppArgs), 1, 16).api_replicas == expected
+    assert place(parse_args({"access": {"keys": limited}, "api_replicas": 2}, AppArgs), 1, 16).api_replicas == 2
     forced = place(parse_args({"engine": {"device": "cpu"}, "replicas": 3, "api_replicas": 2}, AppArgs), 8, 128)
     assert (forced.device, forced.replicas, forced.api_replicas, forced.num_gpus) == ("cpu", 3, 2, 0)
     with pytest.raises(ConfigError, match="engine.device is cuda but Ray sees no GPU"):
