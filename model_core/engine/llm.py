@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from model_core.engine.config import EngineConfig
 from model_core.engine.engine import Engine
@@ -64,13 +64,14 @@ class LLM:
         tokenizer = load_tokenizer(Path(path))
         return cls(Engine.load(path, config), tokenizer)
 
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, *,
+    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, *,
                  stop: Sequence[str] = ()) -> list[Completion]:  # fmt: skip
-        """Continue all prompts (texts or token ids) in one batch; results in their order.
+        """Continue all prompts (texts or token ids) in one batch; results in their order. Of a single one: a list of one.
 
         params: one for all, or one per prompt. Raises RequestError before anything runs if a request can never be served,
         EngineDead if the engine fails.
         """
+        prompts = _several(prompts)
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts but {len(each)} sampling params: give one, or one per prompt")
@@ -140,6 +141,13 @@ class LLM:
     def _forget(self, key: str) -> None:
         with self._lock:
             self._queues.pop(key, None)
+
+
+def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A single one is no list of its letters or ids."""
+    if isinstance(prompts, str) or (prompts and all(isinstance(one, int) for one in prompts)):
+        return [cast(Prompt, prompts)]
+    return list(cast(Sequence[Prompt], prompts))
 
 
 class _Stream:

@@ -70,6 +70,14 @@ def test_a_batch_of_prompts_in_their_order(llm):
         assert one.token_ids == llm.generate([prompt], GREEDY)[0].token_ids
 
 
+def test_a_single_prompt_is_no_list_of_letters_or_ids(llm):
+    (expected,) = llm.generate([PROMPTS[0]], GREEDY)
+    for prompt in (PROMPTS[0], llm.encode(PROMPTS[0])):
+        (found,) = llm.generate(prompt, GREEDY)
+        assert found.token_ids == expected.token_ids and found.prompt_tokens == expected.prompt_tokens
+    assert llm.generate([], GREEDY) == []
+
+
 def test_more_prompts_than_slots(llm):
     prompts = [f"prompt number {number}" for number in range(11)]
     alone = [llm.generate([prompt], GREEDY)[0].token_ids for prompt in prompts]
