@@ -35,9 +35,9 @@ from benchmarks.server import ROOT
 from benchmarks.texts import EOS, GRAMMARS, made_up, numbers_of, tokens_of
 from model_core.engine.config import EngineConfig
 from model_core.engine.engine import Engine
+from model_core.engine.masks import RowMasks
 from model_core.engine.plan import Scheduled
 from model_core.engine.request import Request, SamplingParams, TokenEvent
-from model_core.engine.runner import masks_of
 from model_core.engine.sampler import Sampler
 from model_core.engine.sequence import Sequence
 from model_core.grammar.matcher import Compiled, Vocabulary
@@ -59,12 +59,13 @@ def measure(name: str, vocabulary: Vocabulary, batch: int, steps: int) -> dict[s
         sequence.tokens += answer[: row * len(answer) // (2 * batch)]
         rows.append(sequence)
     device = torch.device("cpu")
-    sampler, logits = Sampler(batch, vocabulary.size, device), torch.zeros((batch, vocabulary.size))
+    sampler, row_masks = Sampler(batch, vocabulary.size, device), RowMasks(vocabulary.size, device)
+    logits = torch.zeros((batch, vocabulary.size))
     host, applied = [], []
     for _ in range(steps):
         entries = [Scheduled(sequence, len(sequence.tokens) - 1, 1, True) for sequence in rows]
         began = time.perf_counter()
-        masks = masks_of(entries, vocabulary.size, device)
+        masks = row_masks.of(entries)
         filled = time.perf_counter()
         assert masks is not None
         sampler.mask(logits, masks)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("mini_llm.engine")
 
 OnStep = Callable[[list[TokenEvent]], None]
+_LOOK_S = 5e-3  # from one look at new requests to the next, while all sequences wait for masks
 _PAUSE_US = 5000  # for which another thread may keep the interpreter to itself (sys.getswitchinterval)
 _QUIET_S = 0.25  # without work before a graph is captured: 20 ms or more, in which one of a client's next requests would wait
 _MAX_FAILED_STEPS = 3  # in a row; after that the fault is the engine's, not a request's
@@ -216,6 +218,14 @@ class Engine:
         if flights:
             self.stage = f"sampling step {flights[0].record.step}"
             flights[0].flight.finish()
+        elif not launched:
+            self._await_masks()
+
+    def _await_masks(self) -> None:
+        """Nothing can be scheduled: wait a moment for what all sequences that run may wait for."""
+        if coming := self.parts.scheduler.coming():
+            self.stage = "waiting for a mask"
+            wait(coming, _LOOK_S, FIRST_COMPLETED)
 
     def _lookahead(self, flights: deque[Launched]) -> int:
         """Steps that may be in flight while another one is launched. One hides a turn of this thread, but not the pause that it

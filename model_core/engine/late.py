@@ -5,24 +5,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from model_core.engine.masks import RowMasks
 from model_core.engine.packed import Packed
 from model_core.engine.plan import Scheduled
 from model_core.engine.rules import SlotRules
-from model_core.engine.runner import InFlight, Part, forbidden_in, masks_of, sample_every_way, to_host
+from model_core.engine.runner import InFlight, Part, forbidden_in, sample_every_way, to_host
 from model_core.engine.sampler import Sampled, Sampler
 from model_core.engine.scores import sent
 from model_core.engine.sequence import Sequence
 from model_core.kernels.decode.restrict import restrict
 from model_core.kernels.decode.sample import SampleSpace, sample
 from model_core.kernels.decode.state import DecodeState, HeldRows
-
-if TYPE_CHECKING:
-    from model_core.grammar.batch import MaskFiller
 
 
 class LateRow(NamedTuple):
@@ -45,11 +43,10 @@ class LateRows:
         self.rules = SlotRules(state, sampler.vocab_size)
         self.slots: set[int | None] = set()
         self.special: set[int | None] = set()
-        self._words = -(-sampler.vocab_size // 32)
+        self._masks = RowMasks(sampler.vocab_size, sampler.device)
         most = state.dump
-        fields = [("slots", most, "int64"), ("places", most, "int64"), ("masks", most * self._words, "int32")]
+        fields = [("slots", most, "int64"), ("places", most, "int64"), ("masks", most * self._masks.words, "int32")]
         self._inputs = Packed(fields, sampler.device, copies=3)  # a step in flight, maybe with prompts, and one to fill
-        self._filler: MaskFiller | None = None
 
     def assign(self, seq: Sequence) -> None:
         """Fill the slot of a sequence that starts or resumes."""
@@ -77,39 +74,34 @@ class LateRows:
         rows = [one for one in rows if one.entry.seq.finish is None]  # the matcher of one that has ended may know no next token
         special = [one for one in rows if one.entry.seq.slot in self.special]
         held = [one for one in rows if one.entry.seq.slot not in self.special]
+        masks = self._masks.of([entry for _, entry in special])
         # torch may divide its sums by the number of rows
-        for group in [[one] for one in special] if self._invariant else [special] * bool(special):
-            flight.parts.append(Part(places[[row for row, _ in group]], to_host(self._again(group, logits))))
+        for at in [slice(at, at + 1) for at in range(len(special))] if self._invariant else [slice(None)] * bool(special):
+            sampled = self._again(special[at], logits, None if masks is None else masks[at])
+            flight.parts.append(Part(places[[row for row, _ in special[at]]], to_host(sampled)))
         if held:
             self._under_masks(held, logits)
 
     def _under_masks(self, held: list[LateRow], logits: torch.Tensor) -> None:
-        if self._filler is None:
-            from model_core.grammar.batch import MaskFiller  # not loaded before there is a grammar
-
-            self._filler = MaskFiller()
         count, seqs = len(held), [entry.seq for _, entry in held]
         inputs = self._inputs.turn()
         inputs["slots"][:count] = [seq.slot for seq in seqs]
         inputs["places"][:count] = [row for row, _ in held]
-        matchers = [seq.matcher for seq in seqs if seq.matcher is not None]
-        outputs = [(seq.tokens, seq.num_prompt) for seq in seqs]
-        self._filler.fill(matchers, outputs, inputs["masks"].reshape(-1, self._words))
-        self._inputs.send(count * self._words)
+        self._masks.fill(seqs, inputs["masks"].reshape(-1, self._masks.words))
+        self._inputs.send(count * self._masks.words)
         self.kernels(count, logits)()
 
     def kernels(self, count: int, logits: torch.Tensor) -> Callable[[], None]:
         """What launches those of `count` held rows."""
         slots, places, masks = (self._inputs.device[name] for name in ("slots", "places", "masks"))
-        held = HeldRows(places, masks.view(-1, self._words))
+        held = HeldRows(places, masks.view(-1, self._masks.words))
         return partial(_choose, logits, slots[:count], self.state, self._space, held)
 
-    def _again(self, special: list[LateRow], logits: torch.Tensor) -> Sampled:
+    def _again(self, special: list[LateRow], logits: torch.Tensor, masks: torch.Tensor | None) -> Sampled:
         rows, chosen = [row for row, _ in special], [entry for _, entry in special]
         slots = self._send([entry.seq.slot for entry in chosen])
         positions = self._send([entry.start + entry.count for entry in chosen])
         params = [entry.seq.request.params for entry in chosen]
-        masks = masks_of(chosen, self.sampler.vocab_size, self.sampler.device)
         sampled = self.sampler.sample(logits[self._send(rows)], slots, positions, params, forbidden_in(chosen), masks)
         self.state.last_token[slots] = sampled.tokens.clamp(min=0)
         return sampled

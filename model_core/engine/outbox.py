@@ -45,12 +45,12 @@ class Outbox:
             elif seq.finish is None:
                 self._events.append(TokenEvent(seq.request_id, [], prompt=prompt))
         for seq, token in zip(sampling, tokens, strict=True):
-            if token < 0 and seq.finish is None:
+            if token < 0 and seq.finish is None and not seq.sits_out:
                 self.end(seq.request_id, "error", seq.why_none(token))
         ended = set(self._scheduler.commit(plan, tokens))
         events = [_event((seq.request_id, [token], seq.finish, logprobs.get(place), None, 0, None, None))
                   for place, (seq, token) in enumerate(zip(sampling, tokens, strict=True))
-                  if seq.finish is None or seq in ended]  # others have had their last event
+                  if (seq.finish is None and token >= 0) or seq in ended]  # others sat out, or have had their last event
         if firsts := {seq.request_id: seq for seq in sampling if len(seq.tokens) == seq.num_prompt + 1}:
             events = [firsts[event.request_id].first(event) if event.request_id in firsts else event for event in events]
         self._events += events

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from model_core.engine.clock import Clock, Span
+from model_core.engine.masks import RowMasks
 from model_core.engine.plan import Limits, Scheduled, StepPlan
 from model_core.engine.request import SamplingParams, TokenLogprobs
 from model_core.engine.sampler import Sampled, Sampler
@@ -128,6 +129,7 @@ class Runner:
     def __init__(self, model: Llama, kv: KVCache, limits: Limits, page_size: int, device: torch.device) -> None:
         self.model, self.kv, self.page_size, self.device = model, kv, page_size, device
         self.sampler = Sampler(limits.max_seqs, model.config.vocab_size, device)
+        self.masks = RowMasks(model.config.vocab_size, device)
         self.scorer = Scorer(model, limits.max_seqs)
         self.max_pages = -(-limits.max_context // page_size)
         self.tables = np.zeros((limits.max_seqs, self.max_pages), dtype=np.int32)
@@ -141,6 +143,7 @@ class Runner:
             self.table_len[seq.slot] = 0
             self.sampler.assign(seq.slot, seq.request.params, seq.request.params.seed, seq.tokens, seq.num_prompt)
         rows = [entry for entry in plan.entries if entry.samples]
+        self.masks.begin(rows)
         span = self._clock.next()
         span.begin()
         hidden = self.model.hidden_states(self._batch(plan), self.kv, proceed=proceed)
@@ -152,7 +155,10 @@ class Runner:
         flight = InFlight(plan, [], span, scores)
 
         def sample() -> None:
-            flight.parts = [Part(places[group], to_host(self._sample(rows[group], logits[group].clone()))) for group in groups]
+            masks = self.masks.of(rows)
+            for group in groups:
+                sampled = self._sample(rows[group], logits[group].clone(), None if masks is None else masks[group])
+                flight.parts.append(Part(places[group], to_host(sampled)))
 
         flight.rest.append(sample)
         if not any(entry.waits for entry in rows):
@@ -169,11 +175,10 @@ class Runner:
     def explain(self) -> list[dict[str, Any]]:
         return self.model.ops.explain()
 
-    def _sample(self, rows: list[Scheduled], logits: torch.Tensor) -> Sampled:
+    def _sample(self, rows: list[Scheduled], logits: torch.Tensor, masks: torch.Tensor | None) -> Sampled:
         slots = self._send(np.array([entry.seq.slot for entry in rows], dtype=np.int64))
         positions = self._send(np.array([entry.start + entry.count for entry in rows], dtype=np.int64))
         params = [entry.seq.request.params for entry in rows]
-        masks = masks_of(rows, self.sampler.vocab_size, self.device)
         sampled = self.sampler.sample(logits, slots, positions, params, forbidden_in(rows), masks)
         self.last_token[slots] = sampled.tokens.clamp(min=0)
         return sampled
@@ -272,19 +277,6 @@ def forbidden_in(rows: list[Scheduled]) -> list[tuple[int, tuple[int, ...]]]:
         if chosen < seq.request.params.min_tokens and seq.stop_ids:
             found.append((row, tuple(seq.stop_ids)))
     return found
-
-
-def masks_of(rows: list[Scheduled], vocab_size: int, device: torch.device) -> torch.Tensor | None:
-    """What the grammars of these sequences allow next, as `Sampler.sample` takes it; None if they have none."""
-    if all(entry.seq.matcher is None for entry in rows):
-        return None
-    masks = torch.full((len(rows), -(-vocab_size // 32)), -1, dtype=torch.int32, pin_memory=device.type == "cuda")
-    bits = masks.numpy()
-    for row, (seq, *_) in enumerate(rows):
-        if seq.matcher is not None and seq.finish is None:  # one that has ended may have no next token
-            seq.matcher.follow(seq.tokens, seq.num_prompt)
-            seq.matcher.fill(bits, row)
-    return masks.to(device, non_blocking=True)
 
 
 EVERY_SAMPLER_STEP = (

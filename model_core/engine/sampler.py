@@ -110,8 +110,9 @@ class Sampler:
         if rows:
             subset = [params[i] for i in rows]
             tokens[rows] = self._draw(logits[rows], slots[rows], positions[rows], subset)
-        if any(uses_penalties(p) for p in params):
-            self.counts.index_put_((slots, tokens), torch.full_like(tokens, 2, dtype=torch.int32), accumulate=True)
+        if any(uses_penalties(p) for p in params):  # what is stuck may only have to wait for its mask
+            twice = torch.full_like(tokens, 2, dtype=torch.int32) if stuck is None else 2 * (~stuck).int()
+            self.counts.index_put_((slots, tokens), twice, accumulate=True)
         if raw is not None:
             result.logprob = raw.gather(1, tokens[:, None]).squeeze(1)
         result.tokens = torch.where(finite, tokens, -1)

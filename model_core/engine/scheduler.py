@@ -21,7 +21,8 @@ Steps ahead. `schedule` may be called again before the plans before it are commi
 while the device does. The token that a step in flight will sample is then counted in `total` but not known;
 max_tokens is, so no step is scheduled past it. Of a sequence with a grammar one such token may be unknown, not two: it is
 known when the step that follows it is sampled, if not when that is launched (runner.InFlight.rest). A step that was
-scheduled past a stop is computed and its result dropped.
+scheduled past a stop is computed and its result dropped. So is one that was sampled before a mask was there: the sequence
+is not scheduled until it is (Sequence.sits_out), and computes that token again.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ import time
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from model_core.cache.pages import PagePool
 from model_core.engine.holdings import Holdings
@@ -98,6 +100,11 @@ class Scheduler:
         return {key: seq.reason if seq.state is State.RUNNING or seq.reason is not Reason.NONE else Reason.PRIORITY
                 for key, seq in self._live.items()}
 
+    def coming(self) -> list[Future[Any]]:
+        """Masks that are not there yet, of sequences that run."""
+        matchers = [seq.matcher for seq in self._running if seq.matcher is not None]
+        return [matcher.coming for matcher in matchers if matcher.coming is not None and not matcher.coming.done()]
+
     def add(self, request: Request, grammar: Compiled | None = None) -> Sequence:
         """Queue a request. Raises RequestError, with the numbers, if it could never finish or its id is in use."""
         if request.request_id in self._live:
@@ -136,7 +143,7 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None if no token can be computed now: nothing is live, or plans in flight come first.
 
-        With a live sequence and no plan in flight there is always a plan.
+        With a live sequence and no plan in flight there is always a plan, unless a mask is awaited.
         """
         for seq in self._stalled:
             seq.reason = Reason.NONE
@@ -152,8 +159,12 @@ class Scheduler:
             if total - start > 1:
                 begun.append(seq)
             elif total < seq.limit:  # else its last token is in flight
-                if seq.matcher is not None and seq.pending > 1:
-                    continue  # what may come next depends on both tokens
+                if seq.matcher is not None:
+                    if seq.matcher.busy:
+                        self._stall(seq, Reason.MASK)
+                        continue
+                    if seq.pending > 1:
+                        continue  # what may come next depends on both tokens
                 if start >= len(seq.block_table) * page_size:
                     if not self._grow(seq, short):
                         short += 1
@@ -187,8 +198,8 @@ class Scheduler:
     def commit(self, plan: StepPlan, tokens: list[int]) -> list[Sequence]:
         """The device has done `plan`, the oldest in flight. Returns the sequences that ended by it.
 
-        tokens: an id for each of plan.sampling; those of sequences that have ended meanwhile are dropped. A preempted sequence
-        keeps its token: only its pages are lost.
+        tokens: an id for each of plan.sampling, less than 0 for those that sat it out; those of sequences that have ended
+        meanwhile are dropped. A preempted sequence keeps its token: only its pages are lost.
         """
         if not self._plans or self._plans[0] is not plan:
             raise ValueError(f"step {plan.step} is committed out of order: "
@@ -205,7 +216,12 @@ class Scheduler:
                 self._holdings.index(seq, (start + count) // page_size)
         ended, generated = [], 0
         for seq, token in zip(plan.sampling, tokens, strict=True):
-            if seq.finish is None:
+            if seq.finish is None and token < 0:
+                assert seq.matcher is not None and seq.matcher.missed
+                seq.matcher.missed = False
+                seq.total -= 1
+                seq.computed = min(seq.computed, seq.total - 1)
+            elif seq.finish is None:
                 known = seq.tokens
                 known.append(token)
                 generated += 1

@@ -29,6 +29,7 @@ class Reason(Enum):
     SLOTS = "slots"  # max_seqs sequences run
     PRIORITY = "priority"  # it waits behind one that is more urgent or came earlier
     IN_FLIGHT = "in_flight"  # preempted, and a step on the device still uses its pages
+    MASK = "mask"  # what its grammar allows next is not known yet: see model_core/grammar/beside.py
 
 
 @dataclass(slots=True, eq=False)
@@ -98,6 +99,11 @@ class Sequence:
     def pending(self) -> int:
         """Tokens that steps in flight will sample."""
         return self.total - len(self.tokens)
+
+    @property
+    def sits_out(self) -> bool:
+        """The step in flight has no token of it: its mask was not there."""
+        return self.matcher is not None and self.matcher.missed
 
     def ends(self) -> FinishReason | None:
         """The reason if the sequence ends with its last token. Stop ids count from min_tokens on."""

@@ -78,7 +78,7 @@ class Compiler:
                 total -= self._cache.popitem(last=False)[1].nbytes
 
     def _compile(self, spec: GrammarSpec) -> Compiled:
-        from model_core.grammar.matcher import Compiled
+        from model_core.grammar.matcher import Compiled, Packed
 
         if self._vocabulary is None:
             try:
@@ -89,7 +89,7 @@ class Compiler:
         if self._worker is None or self._worker.poll() is not None:
             self._worker = _start(self._vocabulary)
         answer = self._ask(self._worker, spec)
-        if isinstance(answer, str):
+        if isinstance(answer, Packed):
             return Compiled.unpacked(answer, self._vocabulary.marked(spec.marks))
         message, param, code = answer
         raise RequestError(message, param=param, code=code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from itertools import count
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from model_core.engine.graph_runner import GraphRunner
 from model_core.engine.graphs import DecodeGraphs
 from model_core.engine.late import LateRows
 from model_core.engine.request import Request, SamplingParams
+from model_core.grammar import beside
 from model_core.grammar.spec import of_choice, of_regex
 from model_core.kernels.decode import restrict, sample
 from model_core.kernels.decode.attention import SplitTiles
@@ -204,6 +206,22 @@ def test_grammars_across_preemption_and_aborts(folder):
     assert actual[3].preemptions == 2 and actual[1] == {"r0": "stop", "r1": "abort", "r2": "length"}
     assert all(actual[0][name] == expected[0][name] for name in ("r0", "r2"))
     assert 3 <= len(actual[0]["r1"]) <= 4 and actual[0]["r1"] == expected[0]["r1"][: len(actual[0]["r1"])]
+
+
+def test_rows_sit_out_steps_in_which_their_masks_are_not_there(folder, monkeypatch):
+    """And keep their tokens, of the first one of a prompt on: what was computed in vain is computed again, as a chunk."""
+    far = of_regex(r"[a-z]{600}", "structured_outputs.regex")
+    ways = [dict(temperature=1.0, seed=3, frequency_penalty=1.5), dict(temperature=0.0, logprobs=2)]
+    requests = [under(f"r{row}", 0, far, max_tokens=5, **way) for row, way in enumerate(ways)]
+    requests.append(Request("r2", PROMPTS[0], SamplingParams(max_tokens=8, ignore_eos=True, temperature=0.7, seed=4)))
+    with monkeypatch.context() as patched:
+        patched.setattr(beside, "WAIT_S", 60.0)
+        expected = run(folder, requests)
+    inner, numbers, steps = beside._filled, count(), []
+    monkeypatch.setattr(beside, "_filled", lambda *args: (time.sleep(next(numbers) % 3 != 1 and 0.05), inner(*args))[1])
+    actual = run(folder, requests, tiles={4: TILES}, warm_up=GPU, ahead=MOST_AHEAD, steps=steps)
+    assert actual[:2] == expected[:2] and set(actual[1].values()) == {"length"}
+    assert any(not {"r0", "r1"} <= names for names in steps[:5])
 
 
 def test_a_grammar_that_allows_nothing_more_ends_one_request_alone(folder):

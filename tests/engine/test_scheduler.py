@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -387,7 +388,7 @@ def test_same_inputs_same_plans() -> None:
 def test_a_sequence_with_a_grammar_has_two_unknown_tokens_at_most_and_others_more() -> None:
     class Grammar:
         def matcher(self, stop_ids):
-            return object()
+            return SimpleNamespace(busy=False)
 
     scheduler = make()
     held, free = scheduler.add(request("a", 4, max_tokens=5), Grammar()), scheduler.add(request("b", 4, max_tokens=9))

@@ -1,14 +1,15 @@
 """The scheduler against a model of the device: what is written to each page, and what each step would read.
 
 The model device runs steps in order, any time between schedule and commit; a step with a sequence under a grammar waits for the
-commit of the one before, and no other one is scheduled meanwhile. A token's keys and values stand for the
-whole prefix that they depend on, so a page that is reused too early, shared wrongly or indexed before it is written
-shows as a step that reads another sequence's prefix.
+commit of the one before, and no other one is scheduled meanwhile; now and then a mask is not there, and comes any time later.
+A token's keys and values stand for the whole prefix that they depend on, so a page that is reused too early, shared wrongly or
+indexed before it is written shows as a step that reads another sequence's prefix.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import cast
 
@@ -21,10 +22,27 @@ from model_core.engine.request import Request, SamplingParams
 from model_core.engine.scheduler import Limits, Scheduler, StepPlan
 from model_core.engine.sequence import Sequence, State
 from model_core.errors import RequestError
-from model_core.grammar.matcher import Compiled
+from model_core.grammar.matcher import Compiled, Matcher
 
 STOP = 1  # of the two token ids 0 and 1
-GRAMMAR = cast(Compiled, SimpleNamespace(matcher=lambda stop_ids: object()))
+
+
+class Held(Matcher):
+    """Allows everything, sometimes late."""
+
+    def __init__(self) -> None:
+        self.coming, self.missed = None, False
+
+    def ask(self, slow: bool) -> None:
+        """When a token is sampled."""
+        if slow and self.coming is None:
+            self.coming = Future()
+        if self.coming is not None:
+            self.missed = not self.coming.done()
+            self.coming = self.coming if self.missed else None
+
+
+GRAMMAR = cast(Compiled, SimpleNamespace(matcher=lambda stop_ids: Held()))
 
 
 class Device:
@@ -36,6 +54,7 @@ class Device:
         self.tokens: dict[Sequence, list[int]] = {}
         self.tables: dict[Sequence, list[int]] = {}
         self.queue: deque[tuple[StepPlan, list[list[int]]]] = deque()
+        self.unmasked: list[StepPlan] = []
         self.scored: dict[Sequence, int] = {}  # positions whose logits were asked for and computed, 0 to this
 
     def launch(self, plan: StepPlan) -> None:
@@ -46,6 +65,15 @@ class Device:
         tables = [self.tables[entry.seq] for entry in plan.entries]
         assert tables == [entry.seq.block_table for entry in plan.entries], "a block table changed and the plan does not say so"
         self.queue.append((plan, tables))
+        self.unmasked.append(plan)
+
+    def ask(self, choose) -> None:
+        """Fill the masks of plans that do not wait, before another one is scheduled."""
+        for plan in self.unmasked:
+            for entry in plan.entries:
+                if entry.samples and entry.seq.matcher is not None and entry.seq.finish is None:
+                    entry.seq.matcher.ask(choose())
+        self.unmasked.clear()
 
     @property
     def waits(self) -> bool:
@@ -54,6 +82,8 @@ class Device:
 
     def run(self, choose) -> list[int]:
         """Execute the oldest launched plan; returns the sampled tokens of all its entries that sample."""
+        if self.unmasked and not self.waits:
+            self.ask(choose)
         plan, tables = self.queue.popleft()
         size, sampled = self.page_size, []
         for entry, table in zip(plan.entries, tables, strict=True):  # all of a layer's writes come before its reads
@@ -71,8 +101,8 @@ class Device:
             assert entry.samples == (end == len(known))
             if entry.samples:
                 assert entry.seq.finish is not None or not entry.waits, "a mask depends on a token that the host does not know"
-                sampled.append(choose())
-                known.append(sampled[-1])
+                sampled.append(-1 if entry.seq.sits_out else choose())
+                known += sampled[-1:] if sampled[-1] >= 0 else []
         for seq, chunk, start, count in plan.scored:
             assert plan.chunks[chunk].seq is seq and start == self.scored.get(seq, 0), "a position is scored twice, or not"
             assert plan.chunks[chunk].start <= start < start + count <= plan.chunks[chunk].start + plan.chunks[chunk].count
@@ -118,16 +148,18 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def schedule(self) -> None:
         scheduler, limits = self.scheduler, self.limits
+        self.device.ask(self.choose)
         plan = scheduler.schedule()
         if plan is None:
-            assert self.flights or not self.live, "live sequences, nothing in flight, and no plan"
+            assert self.flights or scheduler.coming() or not self.live, "live sequences, nothing in flight, and no plan"
             return
         assert 0 < plan.num_tokens == sum(entry.count for entry in plan.entries) <= limits.max_batch_tokens
         assert all(entry.count == 1 and entry.samples for entry in plan.entries[: plan.num_decodes])
         assert len({entry.seq for entry in plan.entries}) == len(plan.entries) <= limits.max_seqs
         scheduled = {entry.seq for entry in plan.entries}
         assert all(seq in scheduled or seq.total == seq.limit or seq.total - seq.computed > 1
-                   or seq.reason.value == "no_pages" for seq in scheduler._running), "one that misses one token was passed over"
+                   or seq.reason.value in ("no_pages", "mask")
+                   for seq in scheduler._running), "one that misses one token was passed over"
         self.device.launch(plan)
         if plan.step % 3:
             self.scheduler.launched(plan)
@@ -160,6 +192,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             else:
                 assert seq.finish == "stop" and stops == [len(output)]
             assert self.live.pop(seq.request_id) is seq
+
+    @precondition(lambda self: self.scheduler.coming())
+    @rule(data=st.data())
+    def mask_comes(self, data) -> None:
+        data.draw(st.sampled_from(self.scheduler.coming())).set_result(None)
 
     @precondition(lambda self: self.live)
     @rule(data=st.data(), reason=st.sampled_from(["abort", "stop", "error"]))
@@ -199,7 +236,10 @@ class SchedulerMachine(RuleBasedStateMachine):
                     self.schedule()
                 if len(self.flights) == before:
                     break
-            self.commit()
+            for coming in self.scheduler.coming()[bound % 3 : bound % 3 + 1] if self.flights else self.scheduler.coming():
+                coming.set_result(None)
+            if self.flights:
+                self.commit()
             self.everything_agrees()
             bound -= 1
             assert bound, "accepted requests do not end"

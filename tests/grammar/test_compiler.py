@@ -15,7 +15,7 @@ from model_core.errors import CheckpointError, RequestError
 from model_core.grammar.calls import Block, Call, Control, of_answer_or_calls
 from model_core.grammar.compiler import Compiler
 from model_core.grammar.matcher import Vocabulary
-from model_core.grammar.spec import GrammarSpec, of_choice, of_regex
+from model_core.grammar.spec import GrammarSpec, of_choice, of_json_object, of_regex
 from tests.grammar.walks import SPECIAL, VOCABULARY, accepts
 
 
@@ -43,6 +43,17 @@ def test_control_tokens_and_what_must_be_told_apart(compiler: Compiler) -> None:
     assert accepts(grammar, SPECIAL, "[3]") and accepts(grammar, "yes") and not accepts(grammar, "<call>[3]")
     with pytest.raises(RequestError, match="tell them apart"):
         compiler.get(of_answer_or_calls(of_choice(["<call>[x"], "x"), block, "tools"))
+
+
+def test_what_walks_find_slow_stays_slow(compiler: Compiler) -> None:
+    """It comes back from the process. Vocabularies in tests are too small to make a mask slow."""
+    assert compiler.get(of_regex("[ab]{600}", "x")).slow and not compiler.get(of_regex("[ab]{6}", "x")).slow
+    made = Compiler(lambda: Vocabulary(made_up(64_000), 64_000, [0]))
+    try:
+        words = GrammarSpec('root ::= (word " ")*\nword ::= [a-z]{1,5}', "x")
+        assert made.get(words).slow and not made.get(of_json_object("x")).slow
+    finally:
+        made.close()
 
 
 def test_many_at_once(compiler: Compiler) -> None:

@@ -66,6 +66,18 @@ def test_a_chain_is_as_long_as_it_may_be(low, high):
     assert found == [count for count in range(8) if low <= count and (high is None or count <= high)]
 
 
+@pytest.mark.parametrize("spec, slow", [
+    (of_regex("[a-z]{1000}", "x"), True), (of_regex("[a-z]{300}", "x"), True), (of_regex("([a-c]{1,3} ){150,}", "x"), True),
+    (of_schema({"type": "string", "maxLength": 5000}, "x"), True), (of_schema({"type": "string", "maxLength": 500}, "x"), True),
+    (GrammarSpec("root ::= [a-z]{0, 999}", "x"), True), (of_regex("[a-z]{60}", "x"), False),
+    (of_schema({"type": "string", "maxLength": 100}, "x"), False), (of_schema({"type": "object"}, "x"), False),
+    (of_schema({"type": "object", "properties": {f"p{n}": {"enum": [n, "a"]} for n in range(300)}}, "x"), False),
+], ids=lambda one: one.text[:40] if isinstance(one, GrammarSpec) else one)  # fmt: skip
+def test_those_that_count_far_are_known_as_slow(spec, slow):
+    """Not those of many rules."""
+    assert compiled(spec).slow == slow
+
+
 def test_strings_share_the_rules_that_count_them():
     texts = [of_schema({"type": "object", "properties": {f"p{n}": {"type": "string", "maxLength": n} for n in lengths},
                         "required": [f"p{n}" for n in lengths]}, "x").text for lengths in ([300], [300, 200, 257])]  # fmt: skip

@@ -102,7 +102,7 @@ class Held:
         early = [(row, tuple(STOPS)) for row, ask in enumerate(asks) if len(OUTPUT) < ask.min_tokens]
         tokens = case.sampler.sample(before, self.slots, torch.full_like(self.slots, HERE), asks, early, self.rows.masks).tokens
         counted = (case.state.rules[self.slots, 0] & PENALTIES) > 0
-        counted &= tokens >= 0
+        counted &= tokens != -1
         assert after[self.slots[counted]].equal(case.sampler.counts[self.slots[counted]])
         assert case.state.last_token[self.slots].equal(tokens.clamp(min=0))
         assert (case.state.position[self.slots] == HERE).all()
@@ -223,16 +223,18 @@ def test_held_rows_wait_for_their_masks(device):
     assert found.equal(tokens) and chosen(state, held.slots).equal(tokens) and held.allowed.gather(1, tokens[:, None]).all()
 
 
-@pytest.mark.parametrize("params", [dict(temperature=0.0), dict(), dict(top_k=5, top_p=0.9, min_p=0.1, temperature=100.0)],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize("params", [dict(temperature=0.0), dict(), dict(top_k=5, top_p=0.9, min_p=0.1, temperature=100.0),
+                                    dict(frequency_penalty=1.0)], ids=str)  # fmt: skip
 def test_masks_that_leave_nothing_and_broken_rows_are_told_apart(device, params):
     """Nothing at all; nothing but ends that are too early; all, of logits that are no numbers; nothing of these; one token."""
     case = Case(asking(*[params | dict(min_tokens=20)] * 5), noise(5, VOCAB, 2**-10), device)
     allowed = torch.zeros(5, VOCAB, dtype=torch.bool)
     allowed[1, list(STOPS)], allowed[2], allowed[4, [17, *STOPS]] = True, True, True
     case.logits[2, 5], case.logits[3, 9] = torch.nan, torch.inf
+    before = case.sampler.counts.clone()
     found, tokens = Held(case, list(range(5)), allowed).choose(case.logits.clone())
     assert found.tolist() == tokens.tolist() == [-2, -2, -1, -1, 17]
+    assert case.sampler.counts[:2].equal(before[:2]), "one that sits a step out has no token"
 
 
 @pytest.mark.skipif(not GPU, reason="the interpreter has no races")

@@ -79,9 +79,12 @@ def _kernel(
         if slot != dump:  # where padding rows meet, nothing moves
             tl.store(token_ptr + slot, token)
             tl.store(position_ptr + slot, position + 1)
+            more = 2
+            if OF_HELD:  # what is stuck may only have to wait for its mask
+                more = tl.where(top < _HOPELESS, 0, 2)
             if (flags & _PENALTIES) != 0:
                 count_ptr = counts_ptr + slot * V + token
-                tl.store(count_ptr, tl.load(count_ptr) + 2)
+                tl.store(count_ptr, tl.load(count_ptr) + more)
             if OF_HELD:
                 token = tl.where(top < _HOPELESS, -2, token)
             tl.store(chosen_ptr + slot * _RING + (position + 1) % _RING, tl.where(bad, -1, token))
@@ -138,7 +141,7 @@ def sample_torch(logits: torch.Tensor, rows: torch.Tensor, state: DecodeState, s
     state.last_token[rows] = told.clamp(min=0)
     state.position[rows] += 1
     state.chosen[rows.cpu(), (state.position[rows] % RING).cpu()] = told.cpu()
-    counted = rows[(state.rules[rows, 0] & PENALTIES) > 0]
+    counted = rows[((state.rules[rows, 0] & PENALTIES) > 0) & (told != -2)]
     state.counts[counted, state.last_token[counted]] += 2
 
 
