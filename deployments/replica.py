@@ -76,7 +76,9 @@ def load_engine(spec: ReplicaSpec) -> EngineLike:
         head_start.begin()  # while the import of torch takes its seconds
     from model_core.engine.engine import Engine
 
-    return Engine.load(local.path, spec.engine, name=spec.name, source=local.source)
+    engine = Engine.load(local.path, spec.engine, name=spec.name, source=local.source)
+    engine.parts.grammars.prepare()
+    return engine
 
 
 @dataclass(eq=False)

@@ -63,8 +63,6 @@ def work(threads: int) -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    with suppress(OSError, AttributeError):
-        os.nice(10)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what the library prints shall not be taken for an answer
     vocabulary = Vocabulary(*pickle.load(sys.stdin.buffer))

@@ -98,12 +98,24 @@ def test_one_that_would_stop_the_engine_at_each_token_is_refused() -> None:
         slow.close()
 
 
+def test_tokens_may_be_loaded_before_the_first_grammar() -> None:
+    loaded = []
+    compiler = Compiler(lambda: (loaded.append(1), VOCABULARY)[1])
+    compiler.prepare()
+    compiler.prepare()
+    assert loaded == [1] and compiler._worker is None
+    assert accepts(compiler.get(of_choice(["a"], "x")), "a") and loaded == [1]
+    compiler.close()
+
+
 def test_a_model_without_a_tokenizer() -> None:
     def missing() -> None:
         raise CheckpointError("there is no tokenizer.json")
 
+    compiler = Compiler(missing)  # type: ignore[arg-type]
+    compiler.prepare()  # nobody has asked
     with pytest.raises(RequestError, match="cannot be constrained: there is no tokenizer.json"):
-        Compiler(missing).get(of_choice(["a"], "x"))  # type: ignore[arg-type]
+        compiler.get(of_choice(["a"], "x"))
 
 
 def test_neither_transformers_nor_the_package_itself_is_imported() -> None:
