@@ -6,17 +6,20 @@ long as its weights. And HAProxy answers what it cannot parse with a page of HTM
 in TCP mode sees the first head of a connection only, and has no place for Serve's metrics (measured). So Serve's controller
 names `mini-llm-haproxy` as the HAProxy to start (`install`). That changes the rule in the file, which Serve writes anew before
 every start and reload, and becomes a HAProxy with other texts in the place of those pages: a copy in memory, 10 ms of a start
-and nothing of a request.
+and nothing of a request. It ends with whoever started it, which HAProxy alone does not.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import sysconfig
+from contextlib import suppress
 from pathlib import Path
 
 from deployments.protocol.errors import ApiError, bad_request, loading, unknown_url
@@ -27,6 +30,7 @@ _PATH = "RAY_SERVE_HAPROXY_BINARY_PATH"
 _RULE = re.compile(r'^( *http-request return status) 404 content-type text/plain lf-string "Path .*"$', re.MULTILINE)
 _PAGE = re.compile(rb"HTTP/1\.1 (\d\d\d) [^\0]*</html>\n\0")
 _NOISE = "invalid_http"
+_PR_SET_PDEATHSIG = 1  # prctl(2); it stays with a process that becomes another program
 _ANSWERS = {  # short, and sent without a reason phrase: each must fit where HAProxy's page was, 205 bytes at least
     error.status: error
     for error in (
@@ -61,6 +65,7 @@ def install() -> None:
 def main() -> None:
     """`mini-llm-haproxy`. argv: HAProxy's."""
     arguments = sys.argv[1:]
+    _end_with_parent()
     try:
         path = Path(arguments[arguments.index("-f") + 1])
         path.write_text(with_answer(path.read_text(), path.with_name("nowhere.json")))
@@ -75,6 +80,16 @@ def main() -> None:
     except (OSError, AttributeError) as error:  # a system that runs nothing from memory
         print(f"HAProxy keeps its own answers: {error}", file=sys.stderr, flush=True)
         os.execv(binary, [binary, *arguments])
+
+
+def _end_with_parent() -> None:
+    """Whatever ends Serve's manager of HAProxy, a kill of them all, too, ends HAProxy: running streams first, but it listens no
+    more. Else it would keep the port, and take half of the connections of the next server there."""
+    parent = os.getppid()
+    with suppress(OSError, AttributeError):  # Linux only
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before it could be followed
+        sys.exit(1)
 
 
 def with_answer(configuration: str, body: Path) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,21 @@ def serves(*, deployed: bool, port: int = 1) -> str:
     return f"global\n    maxconn 10\ndefaults\n    mode http\n{TIMES}{front}backend default_backend\n{RULE}\n"
 
 
+def answers(port: int) -> bool:
+    try:
+        ask(port, TO_HAPROXY[0][0])
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 @contextmanager
 def started(folder: Path, code: str) -> Iterator[tuple[int, subprocess.Popen[str]]]:
     """HAProxy by way of ours, as Serve starts it: its port and its process."""
@@ -42,12 +58,7 @@ def started(folder: Path, code: str) -> Iterator[tuple[int, subprocess.Popen[str
     argv = [sys.executable, "-c", code, "-db", "-f", path]
     process = subprocess.Popen(argv, env=environment, stderr=subprocess.PIPE, text=True)
     try:
-        for _ in range(200):
-            try:
-                ask(port, TO_HAPROXY[0][0])
-                break
-            except ConnectionRefusedError:
-                time.sleep(0.05)
+        wait_until(lambda: answers(port))
         yield port, process
     finally:
         process.terminate()
@@ -105,6 +116,29 @@ def test_where_nothing_runs_from_memory_haproxy_keeps_its_words(tmp_path):
         assert ask(port, TO_HAPROXY[0][0])[0].startswith(b"HTTP/1.1 400 Bad request")
         assert json.loads(ask(port, TO_HAPROXY[-1][0])[1])["error"]["code"] == "unknown_url"
     assert process.stderr and "HAProxy keeps its own answers: refused" in process.stderr.read()
+
+
+@needs_haproxy
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl(2)")
+def test_it_ends_with_whoever_started_it(tmp_path):
+    (port,) = free_ports(1)
+    path = tmp_path / "haproxy.cfg"
+    path.write_text(serves(deployed=True, port=port))
+    inner = f"[{sys.executable!r}, '-m', 'deployments.haproxy', '-db', '-f', {str(path)!r}]"
+    code = f"import subprocess, sys; print(subprocess.Popen({inner}).pid, flush=True); sys.stdin.read()"
+    manager = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert manager.stdout
+    pid = int(manager.stdout.readline())
+    running = Path(f"/proc/{pid}")
+    try:
+        wait_until(lambda: haproxy._binary() in (running / "cmdline").read_text() and answers(port))
+        manager.kill()
+        manager.wait(10)
+        wait_until(lambda: not running.exists() or "State:\tZ" in (running / "status").read_text())
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert not answers(port)
 
 
 @needs_haproxy
