@@ -23,14 +23,13 @@ import multiprocessing
 import statistics
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import uvloop
 
 from benchmarks.report import write_report
-from benchmarks.server import ROOT, Server, serving
+from benchmarks.server import ROOT, Server, connect, serving
 
 LETTERS = 4
 _MARK = b'"content":"'
@@ -79,16 +78,11 @@ def client(port: int, streams: int, tokens: int, results: Any) -> None:
         dones = [loop.create_future() for _ in range(streams)]
         readers = [Reader(seed, tokens, done) for seed, done in enumerate(dones)]
         began = time.time()
-        opening = [loop.create_connection(partial(_same, reader), "127.0.0.1", port) for reader in readers]
-        await asyncio.gather(*opening)
+        await asyncio.gather(*(connect(reader, port) for reader in readers))
         await asyncio.gather(*dones)
         return {"began": began, "cpu_s": time.process_time(), "arrivals": [reader.arrivals for reader in readers]}
 
     results.put(uvloop.run(run()))
-
-
-def _same(reader: Reader) -> Reader:
-    return reader
 
 
 def cpu_seconds(pids: list[int]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import re
@@ -179,6 +180,11 @@ def configuration(
     for part in (config["controller_options"], application):
         part["runtime_env"]["env_vars"] = {**part["runtime_env"]["env_vars"], **own}
     return config, http, nowhere
+
+
+async def connect(protocol: asyncio.Protocol, port: int) -> None:
+    """Open a connection of a protocol that is there already."""
+    await asyncio.get_running_loop().create_connection(lambda: protocol, "127.0.0.1", port)
 
 
 def free_ports(count: int) -> list[int]:

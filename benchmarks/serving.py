@@ -24,7 +24,6 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from typing import Any
 import uvloop
 
 from benchmarks.report import write_report
-from benchmarks.server import ROOT, serving
+from benchmarks.server import ROOT, connect, serving
 
 _TEXT = "the sea is wide and a small boat goes out in the early morning to look for fish near old stones"
 _EVENT = b'data: {"'  # what begins each, and is nowhere else: quotes in a text are escaped
@@ -102,7 +101,7 @@ def run_client(port: int, numbers: list[int], prompt_words: int, tokens: int, be
         dones = [loop.create_future() for _ in numbers]
         streams = [Stream(prompt_words, tokens, number, done) for number, done in zip(numbers, dones, strict=True)]
         for stream in streams:
-            await loop.create_connection(partial(_same, stream), "127.0.0.1", port)
+            await connect(stream, port)
         late = time.perf_counter() - begin
         if late > 0:
             raise RuntimeError(f"connecting took {late:.2f} s too long")
@@ -113,10 +112,6 @@ def run_client(port: int, numbers: list[int], prompt_words: int, tokens: int, be
         return [stream.timeline() for stream in streams]
 
     return uvloop.run(everyone())
-
-
-def _same(stream: Stream) -> Stream:
-    return stream
 
 
 def one_round(clients: ProcessPoolExecutor, port: int, shares: list[list[int]], words: int, tokens: int) -> list[Timeline]:

@@ -84,7 +84,7 @@ def main() -> None:
 
 def _end_with_parent() -> None:
     """Whatever ends Serve's manager of HAProxy, a kill of them all, too, ends HAProxy: running streams first, but it listens no
-    more. Else it would keep the port, and take half of the connections of the next server there."""
+    more. Else it would keep the port, and share the next server's connections there."""
     parent = os.getppid()
     with suppress(OSError, AttributeError):  # Linux only
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1, 0, 0, 0)

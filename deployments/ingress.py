@@ -6,14 +6,13 @@ import gc
 from typing import TYPE_CHECKING
 
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 
 from deployments.api.app import create_app
 from deployments.api.metrics import Metrics
 from deployments.api.tracing import open_tracer
+from deployments.broadcast import answers_of
 from deployments.grpc_batch import finish_batches
 from deployments.logs import log_to_stderr
 from deployments.transport.base import Transport
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 # More objects than before, and the garbage collector looks for cycles. Requests leave none of ours, but those in flight have
 # 180 each: with Python's 700 looking through them, again and again, takes a tenth of this process' CPU time.
 _MORE_OBJECTS = 50_000
-METRICS_TIMEOUT_S = 1.5
 
 
 # Everything about limits and queues is the app's own (api/admission.py, api/supervise.py): Serve would answer in bare
@@ -64,12 +62,7 @@ class Api:
 
     async def _everyone(self) -> list[Metrics]:
         """The same of all replicas that answer in time."""
-        try:
-            calls = self._replicas.broadcast("metrics")
-            found = await calls.results_async(timeout_s=METRICS_TIMEOUT_S, return_exceptions=True)
-        except (RayError, RayServeException, TimeoutError):
-            found = []
-        return [one for one in found if isinstance(one, Metrics)]
+        return await answers_of(self._replicas, "metrics", Metrics)
 
     async def stop(self, grace_s: float) -> None:
         """The launcher's farewell: Serve kills its proxy first, and with it every stream."""

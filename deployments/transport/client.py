@@ -10,6 +10,7 @@ from typing import Any
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
+from deployments.broadcast import answers_of
 from deployments.transport.base import NotReady, Overloaded, ReplicaLost
 from model_core.engine.request import EngineInfo, EngineStats
 from model_core.errors import MiniLLMError
@@ -17,7 +18,6 @@ from model_core.errors import MiniLLMError
 log = logging.getLogger("mini_llm.transport")
 
 STATS_TTL_S = 0.5  # a broadcast costs a call per replica; an overloaded gate asks once per refused request
-STATS_TIMEOUT_S = 1.5
 RETRY_S = 0.5
 
 
@@ -72,14 +72,9 @@ class ModelClient:
 
     async def _ask(self) -> None:
         try:
-            answers = await self._model.broadcast("stats").results_async(
-                timeout_s=STATS_TIMEOUT_S, return_exceptions=True
-            )
-        except (RayError, RayServeException, TimeoutError):
-            answers = []
+            self._stats = await answers_of(self._model, "stats", EngineStats)
         finally:
             self._asking = None
-        self._stats = [answer for answer in answers if isinstance(answer, EngineStats)]
         self._stats_at = time.monotonic()
 
 

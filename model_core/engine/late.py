@@ -14,7 +14,7 @@ from model_core.engine.masks import RowMasks
 from model_core.engine.packed import Packed
 from model_core.engine.plan import Scheduled
 from model_core.engine.rules import SlotRules
-from model_core.engine.runner import InFlight, Part, forbidden_in, sample_every_way, to_host
+from model_core.engine.runner import InFlight, Part, forbidden_in, sample_every_way, sampled_together, to_host
 from model_core.engine.sampler import Sampled, Sampler
 from model_core.engine.scores import sent
 from model_core.engine.sequence import Sequence
@@ -75,8 +75,7 @@ class LateRows:
         special = [one for one in rows if one.entry.seq.slot in self.special]
         held = [one for one in rows if one.entry.seq.slot not in self.special]
         masks = self._masks.of([entry for _, entry in special])
-        # torch may divide its sums by the number of rows
-        for at in [slice(at, at + 1) for at in range(len(special))] if self._invariant else [slice(None)] * bool(special):
+        for at in sampled_together(len(special), self._invariant):
             sampled = self._again(special[at], logits, None if masks is None else masks[at])
             flight.parts.append(Part(places[[row for row, _ in special[at]]], to_host(sampled)))
         if held:

@@ -13,6 +13,7 @@ from model_core.engine.sequence import Sequence
 
 if TYPE_CHECKING:
     from model_core.grammar.batch import MaskFiller
+    from model_core.grammar.matcher import Matcher
 
 
 class RowMasks:
@@ -34,13 +35,11 @@ class RowMasks:
         slow = [entry.seq for entry in entries
                 if entry.seq.matcher is not None and entry.seq.matcher.compiled.slow and not entry.waits]  # fmt: skip
         if slow:
-            matchers = [seq.matcher for seq in slow if seq.matcher is not None]
-            self._filler.begin(matchers, [(seq.tokens, seq.num_prompt) for seq in slow])
+            self._filler.begin(*_asked(slow))
 
     def fill(self, seqs: list[Sequence], masks: np.ndarray, rows: list[int] | None = None) -> None:
         """Write row i, or rows[i], of int32 [rows, words] for a sequence with a grammar."""
-        matchers = [seq.matcher for seq in seqs if seq.matcher is not None]
-        self._filler.fill(matchers, [(seq.tokens, seq.num_prompt) for seq in seqs], masks, rows)
+        self._filler.fill(*_asked(seqs), masks, rows)
 
     def of(self, entries: list[Scheduled]) -> torch.Tensor | None:
         """[len(entries), words] on the device, as `Sampler.sample` takes it; None if no sequence has a grammar."""
@@ -52,3 +51,8 @@ class RowMasks:
         if live:
             self.fill([entries[row].seq for row in live], masks.numpy(), live)
         return masks.to(self._device, non_blocking=True)
+
+
+def _asked(seqs: list[Sequence]) -> tuple[list[Matcher], list[tuple[list[int], int]]]:
+    """Of sequences with a grammar: what follows it, and what it has to read."""
+    return [seq.matcher for seq in seqs if seq.matcher is not None], [(seq.tokens, seq.num_prompt) for seq in seqs]

@@ -149,7 +149,7 @@ class Runner:
         hidden = self.model.hidden_states(self._batch(plan), self.kv, proceed=proceed)
         logits = self.model.logits(hidden[: len(rows)])
         # what sampling rounds may depend on the number of rows, and on where a row lies
-        groups = [slice(row, row + 1) for row in range(len(rows))] if self.model.invariant else [slice(None)] * bool(rows)
+        groups = sampled_together(len(rows), self.model.invariant)
         places = np.arange(len(rows))
         scores = [self.scorer.score(hidden[len(rows) :], plan.scored)] if plan.scored else []
         flight = InFlight(plan, [], span, scores)
@@ -267,6 +267,11 @@ class Runner:
             context_lens=list(contexts),
             num_decodes=0 if self.model.invariant else sum(query == 1 for query in queries),
         )
+
+
+def sampled_together(count: int, invariant: bool) -> list[slice]:
+    """Groups of `count` rows; each alone where its bits must not depend on others: torch may divide sums by their number."""
+    return [slice(row, row + 1) for row in range(count)] if invariant else [slice(None)] * bool(count)
 
 
 def forbidden_in(rows: list[Scheduled]) -> list[tuple[int, tuple[int, ...]]]:

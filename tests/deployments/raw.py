@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 
 from benchmarks.server import Server
@@ -23,6 +24,19 @@ TO_HAPROXY = (  # what it answers by itself, with the status and the code of our
 def raw(server: Server, request: bytes) -> tuple[bytes, bytes]:
     """Head and body of the answer; its end is that of the connection."""
     return ask(server.port, request)
+
+
+def speaks_our_words(server: Server) -> None:
+    """HAProxy, of what it answers by itself."""
+    for request, status, code in TO_HAPROXY:
+        check(request, *raw(server, request), status, code)
+
+
+def check(request: bytes, head: bytes, body: bytes, status: int, code: str) -> None:
+    """An answer to `request` is an error in our envelope."""
+    assert head.startswith(b"HTTP/1.1 %d " % status) and b"\r\ncontent-type: application/json" in head, (request, head)
+    error = json.loads(body)["error"]
+    assert error.keys() == {"message", "type", "param", "code"} and error["code"] == code
 
 
 def ask(port: int, request: bytes) -> tuple[bytes, bytes]:

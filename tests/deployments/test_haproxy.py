@@ -19,7 +19,7 @@ from ray.serve._private import controller, haproxy_templates
 
 from benchmarks.server import ROOT, free_ports
 from deployments import haproxy
-from tests.deployments.raw import TO_HAPROXY, ask
+from tests.deployments.raw import TO_HAPROXY, ask, check
 
 VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 TIMES = "".join(f"    timeout {of} 1s\n" for of in ("client", "connect", "server"))
@@ -101,10 +101,7 @@ def test_what_is_started_becomes_a_haproxy_that_speaks_our_words(tmp_path):
         late = (b"GET / HTTP/1.1\r\nhost: a\r\n", 408, "request_timeout")
         good = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n"
         for request, status, code in (*TO_HAPROXY, late):
-            head, body = ask(port, request)
-            assert head.startswith(b"HTTP/1.1 %d " % status) and b"\r\ncontent-type: application/json" in head, (request, head)
-            error = json.loads(body)["error"]
-            assert error.keys() == {"message", "type", "param", "code"} and error["code"] == code
+            check(request, *ask(port, request), status, code)
         _, rest = ask(port, good + TO_HAPROXY[1][0])  # on a connection that was used before
         assert b'"unknown_url"' in rest and b"HTTP/1.1 400 \r\n" in rest and rest.endswith(b'"code":"invalid_http"}}')
 

@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from benchmarks.disconnect import Watch
-from tests.deployments.raw import TO_HAPROXY, raw
+from tests.deployments.raw import speaks_our_words
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -37,10 +37,7 @@ def test_the_model_is_the_fallback_and_says_so(server, client):
 
 
 def test_haproxy_speaks_our_words_under_serve_run(server):
-    for request, status, code in TO_HAPROXY:
-        head, told = raw(server, request)
-        assert head.startswith(b"HTTP/1.1 %d " % status) and b"\r\ncontent-type: application/json" in head, (request, head)
-        assert json.loads(told)["error"]["code"] == code
+    speaks_our_words(server)
 
 
 def test_chat_streamed_and_whole_are_the_same_coherent_text(client):

@@ -8,11 +8,9 @@ from typing import Any
 
 import jsonschema
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.random_model import write_model
 from model_core.engine.clock import MOST_AHEAD
 from model_core.engine.config import EngineConfig
 from model_core.engine.engine import Engine
@@ -31,11 +29,8 @@ OBJECT = of_schema({"type": "object", "properties": {"a": {"type": "string", "ma
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = write_model("tiny", tmp_path_factory.mktemp("model") / "tiny", dtype=torch.float32)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 511}))
-    return folder
+def folder(tiny_with_end):
+    return tiny_with_end
 
 
 @pytest.fixture(scope="module")

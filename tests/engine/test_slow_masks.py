@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import gc
-import json
 import threading
 import time
 from itertools import count
 
 import pytest
-import torch
 
-from benchmarks.random_model import write_model
 from model_core.engine.clock import MOST_AHEAD
 from model_core.engine.config import EngineConfig
 from model_core.engine.engine import Engine
@@ -38,11 +35,8 @@ MANY = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = write_model("tiny", tmp_path_factory.mktemp("model") / "tiny", dtype=torch.float32)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 511}))
-    return folder
+def folder(tiny_with_end):
+    return tiny_with_end
 
 
 @pytest.fixture(scope="module")
