@@ -134,7 +134,7 @@ class AppArgs(BaseModel):
     )
     api_replicas: Count = Field(
         default="auto",
-        description="HTTP replicas (one takes in 900 requests/s at most, or writes 30,000 tokens/s); `auto` is four per GPU, "
+        description="HTTP replicas, a process each; `auto` is four per GPU, "
         "but no more than one per four cores; one without a GPU, or where keys have limits (or are in a file).",
     )
     transport: Literal["push", "handle"] = Field(
