@@ -105,7 +105,8 @@ def measure(listener: Listener, vocabulary: Vocabulary, tokens: int, rounds: int
                 runs["in_step"].append(listener.run(tokens, compiled))
             compiled.slow = True
             runs["beside"].append(listener.run(tokens, compiled))
-        found = {f"{way}_{what}": statistics.median(run[what] for run in runs[way]) for way in runs for what in runs[way][0]}
+        found = {f"{way}_{what}": round(statistics.median(run[what] for run in runs[way]), 1)
+                 for way in runs for what in runs[way][0]}  # fmt: skip
         rows.append({"grammar": name, "vocabulary": vocabulary.size, "batch": listener.others + 1, "tokens": tokens, **found})
         print(rows[-1])
     return rows

@@ -219,8 +219,8 @@ def test_attention(device, dtype, close, window, tiles, heads, kv_heads):
 @pytest.mark.parametrize("heads,kv_heads,dim", [(8, 1, 64), (2, 2, 128), (8, 2, 128)])
 def test_attention_as_it_is_divided(device, close, heads, kv_heads, dim):
     """By every division that calibration may choose for these heads, also contexts that are near its edges."""
-    config = SimpleNamespace(head_dim=dim)
-    chosen = {tiles for rows in (1, 8, 16, 32, 64, 256) for of in (attention_candidates, far_candidates)
+    configs = [SimpleNamespace(head_dim=dim, num_kv_heads=count) for count in (8, 32)]
+    chosen = {tiles for config in configs for rows in (1, 8, 16, 32, 64, 256) for of in (attention_candidates, far_candidates)
               for tiles in of(config, rows)}  # fmt: skip
     assert len(chosen) > 8
     case = Case(torch.bfloat16, device, heads=heads, kv_heads=kv_heads, dim=dim)
