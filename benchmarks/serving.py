@@ -7,7 +7,7 @@ others, over a connection that is open already; the clients are processes of the
 (uvloop: one that reads lines by asyncio takes 20 us of CPU for an event, as much as the server). TTFT is from sending the
 request, ITL between the arrivals of two events of one stream, each with a token, or with several if something is behind. A
 round begins when the engine has no CUDA graphs left to capture. A first round of the same shape is not counted; then there are
-as many as give --samples streams.
+as many as give --samples streams, --rounds at least (of 32 streams, one round's TTFT was 55 ms, another's 101).
 Where a first token's time goes is what the server tells in `timings`, medians: queue_ms and prompt_ms in the engine,
 receive_us, prepare_us and transport_us around it (deployments/api/timings.py); the rest of TTFT lies before and behind, in
 HAProxy and the client. Written to benchmarks/results/<device>/serving.json.
@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=100, help="words of each prompt")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of each stream")
     parser.add_argument("--samples", type=int, default=32, help="streams that are counted, at least")
+    parser.add_argument("--rounds", type=int, default=5, help="that are counted, at least")
     parser.add_argument("--clients", type=int, default=max(1, (os.cpu_count() or 1) // 4), help="processes of the clients")
     parser.add_argument("--api-replicas", default="auto", help="as in serve_config.yaml")
     parser.add_argument("--out", type=Path)
@@ -166,7 +167,7 @@ def main() -> None:
             list(clients.map(time.sleep, [CONNECT_S] * options.clients))  # until all have been started
             for place, streams in enumerate(options.streams):
                 rounds = []
-                for number in range(1 + -(-options.samples // streams)):
+                for number in range(1 + max(options.rounds, -(-options.samples // streams))):
                     offset = 10_000_000 * place + 10_000 * number  # other prompts: no prefix hits
                     shares = [[*range(offset + first, offset + streams, options.clients)]
                               for first in range(min(options.clients, streams))]  # fmt: skip
