@@ -182,7 +182,7 @@ def draw_decode(report: Path, rows: list[dict[str, Any]], peak: float) -> Path |
     batches = sorted({row["batch"] for row in rows})
     return draw_panels(
         report, panels, title="Decode attention: Triton on pages, SDPA on contiguous tensors", x_label="sequences",
-        y_label="GB/s", log_x=True, x_ticks=batches, limit=Limit(f"measured bandwidth, {peak / 1e12:.2f} TB/s", peak / 1e9),
+        y_label="GB/s", x_ticks=batches, limit=Limit(f"measured bandwidth, {peak / 1e12:.2f} TB/s", peak / 1e9),
         out=report.with_name(f"{report.stem}-decode.png"))  # fmt: skip
 
 
@@ -196,7 +196,7 @@ def draw_prefill(report: Path, rows: list[dict[str, Any]]) -> Path | None:
         panels.append(Panel(shape, lines))
     tokens = sorted({row["tokens"] for row in rows})
     return draw_panels(report, panels, title="Causal attention over a prompt, bfloat16", x_label="tokens", y_label="TFLOP/s",
-                       log_x=True, x_ticks=tokens, out=report.with_name(f"{report.stem}-prefill.png"))  # fmt: skip
+                       x_ticks=tokens, out=report.with_name(f"{report.stem}-prefill.png"))  # fmt: skip
 
 
 def main() -> None:

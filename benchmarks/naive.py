@@ -111,7 +111,7 @@ def main() -> None:
     chart = draw_lines(
         path, [Line(label, count, median[way], [min(at) for at in zip(*seconds[way], strict=True)],
                     [max(at) for at in zip(*seconds[way], strict=True)]) for way, label in names.items()],
-        title=f"Time to the n-th new token: {info.model}, {info.dtype}", marks=False,
+        title=f"Time to the n-th new token: {info.model}, {info.dtype}",
         x_label=f"new tokens after a prompt of {options.prompt}", y_label="time (s)",
     )  # fmt: skip
     print("new tokens   naive s   cached s   naive tok/s   cached tok/s   speed-up   same ids")

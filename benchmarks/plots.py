@@ -66,34 +66,37 @@ class Bars:
     colour: str | None = None
 
 
-def draw_lines(report: Path, lines: Sequence[Line], *, title: str, x_label: str, y_label: str, log_x: bool = False,
-               log_y: bool = False, x_ticks: Sequence[float] | None = None, limit: Limit | None = None, marks: bool = True,
-               out: Path | None = None) -> Path | None:  # fmt: skip
-    """Curves over x. Labels carry units: "new tokens", "time (s)". marks: a dot at each point, for curves of few.
+def draw_lines(report: Path, lines: Sequence[Line], *, title: str, x_label: str, y_label: str) -> Path | None:
+    """Curves over x, of so many points that none is marked. Labels carry units: "new tokens", "time (s)".
 
-    report: the JSON that write_report wrote; the chart names its machine and date and goes to `out`, or beside it under its
-    name. Returns where, or None without matplotlib.
+    report: the JSON that write_report wrote; the chart names its machine and date and lies beside it under its name. Returns
+    where, or None without matplotlib.
     """
 
     def fill(axes: Any) -> None:
-        _add_lines(axes, lines, log_x, log_y, x_ticks, limit, marks)
+        _add_lines(axes, lines)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        if len(lines) > 1 or limit is not None:
+        _plain_numbers(axes.xaxis)
+        if len(lines) > 1:
             axes.legend()
 
-    return _draw(report, [fill], title, out)
+    return _draw(report, [fill], title, None)
 
 
-def draw_panels(report: Path, panels: Sequence[Panel], *, title: str, x_label: str, y_label: str, log_x: bool = False,
-                log_y: bool = False, x_ticks: Sequence[float] | None = None, limit: Limit | None = None, marks: bool = True,
-                out: Path | None = None) -> Path | None:  # fmt: skip
-    """Panels side by side with one y axis and one legend, that of the first. Otherwise as draw_lines."""
+def draw_panels(report: Path, panels: Sequence[Panel], *, title: str, x_label: str, y_label: str, x_ticks: Sequence[float],
+                limit: Limit | None = None, out: Path | None = None) -> Path | None:  # fmt: skip
+    """Panels side by side with one y axis and one legend, that of the first; x is logarithmic, with labels at those of
+    `x_ticks` that have room. The chart goes to `out` if given. Otherwise as draw_lines."""
 
     def fill(axes: Any, panel: Panel) -> None:
-        _add_lines(axes, panel.lines, log_x, log_y, x_ticks, limit, marks)
+        _add_lines(axes, panel.lines, marker="o")
+        if limit is not None:
+            axes.axhline(limit.y, color=_GREY, linewidth=1.4, linestyle=(0, (5, 3)), label=limit.label)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(x_ticks, [_number(tick) for tick in x_ticks])
         axes.set_xlabel(x_label)
-        axes.text(0.5, 1.02, panel.title, transform=axes.transAxes, ha="center", fontweight="bold", color=_GREY)
+        axes.set_title(panel.title, fontsize=11, fontweight="bold", color=_GREY)
         if panel is panels[0]:
             axes.set_ylabel(y_label)
             handles, labels = axes.get_legend_handles_labels()
@@ -101,31 +104,6 @@ def draw_panels(report: Path, panels: Sequence[Panel], *, title: str, x_label: s
                                handlelength=3)  # fmt: skip
 
     return _draw(report, [lambda axes, panel=panel: fill(axes, panel) for panel in panels], title, out)  # type: ignore[misc]
-
-
-def draw_bars(report: Path, groups: Sequence[str], bars: Sequence[Bars], *, title: str, y_label: str,
-              limit: Limit | None = None, out: Path | None = None) -> Path | None:  # fmt: skip
-    """Bars side by side in each of `groups`, with their values on top. Otherwise as draw_lines."""
-
-    def fill(axes: Any) -> None:
-        width = 0.8 / len(bars)
-        for number, (bar, colour) in enumerate(zip(bars, COLOURS, strict=False)):
-            present = [(place, value) for place, value in enumerate(bar.values) if value is not None]
-            drawn = axes.bar([place + (number - (len(bars) - 1) / 2) * width for place, _ in present],
-                             [value for _, value in present], 0.94 * width, label=bar.label,
-                             color=bar.colour or colour)  # fmt: skip
-            axes.bar_label(drawn, [_number(value) for _, value in present], padding=2, fontsize=10)
-        if limit is not None:
-            _add_limit(axes, limit)
-        axes.grid(visible=False, axis="x")
-        axes.set_xticks(range(len(groups)), groups)
-        axes.set_ylabel(y_label)
-        axes.margins(y=0.12)
-        _plain_numbers(axes.yaxis, False)
-        if len(bars) > 1 or limit is not None:
-            axes.legend()
-
-    return _draw(report, [fill], title, out)
 
 
 def draw_stacks(report: Path, groups: Sequence[str], parts: Sequence[Bars], *, title: str, x_label: str, y_label: str,
@@ -148,7 +126,6 @@ def draw_stacks(report: Path, groups: Sequence[str], parts: Sequence[Bars], *, t
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.margins(y=0.1)
-        _plain_numbers(axes.yaxis, False)
         handles, labels = axes.get_legend_handles_labels()
         axes.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
@@ -168,61 +145,53 @@ def _draw(report: Path, fills: Sequence[Callable[[Any], None]], title: str, out:
     try:
         import matplotlib
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         print(f"no chart {path.name}: matplotlib is not installed (uv sync installs it)", file=sys.stderr)
         return None
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(_INCHES, dpi=_DPI, layout="constrained")
+        # The title has its room above all charts: as that of the first, a long one would push the second away.
+        figure = Figure(_INCHES, dpi=_DPI, layout=ConstrainedLayoutEngine(rect=(0, 0, 1, 0.87), w_pad=0.1))
+        figure.text(0.012, 0.98, title, va="top", fontsize=12, fontweight="bold")
+        figure.text(0.012, 0.92, where_and_when(json.loads(report.read_text())), va="top", fontsize=9, color=_GREY)
         row = figure.subplots(1, len(fills), sharey=True, squeeze=False)[0]
         for axes, fill in zip(row, fills, strict=True):
             fill(axes)
-        above = 24 if len(fills) == 1 else 42  # panels have titles of their own below
-        row[0].set_title(title, loc="left", fontsize=13, fontweight="bold", pad=above)
-        subtitle = row[0].annotate(
-            where_and_when(json.loads(report.read_text())), (0, 1), (0, above - 16), xycoords="axes fraction",
-            textcoords="offset points", fontsize=9.5, color=_GREY)  # fmt: skip
-        subtitle.set_in_layout(False)
+        row[0].set_ylim(bottom=0)  # after the last: it ends the scaling to what is drawn
+        _plain_numbers(row[0].yaxis)
+        figure.draw_without_rendering()
+        for axes in row:
+            _thin(axes.get_xticklabels())
         part = path.with_name(f".{path.name}")
         figure.savefig(part, format="png", metadata={"Software": None})
     os.replace(part, path)
     return path
 
 
-def _add_lines(axes: Any, lines: Sequence[Line], log_x: bool, log_y: bool, x_ticks: Sequence[float] | None,
-               limit: Limit | None, marks: bool) -> None:  # fmt: skip
+def _add_lines(axes: Any, lines: Sequence[Line], marker: str | None = None) -> None:
     for line, colour in zip(lines, COLOURS, strict=False):
         colour = line.colour or colour
-        axes.plot(line.x, line.y, label=line.label, color=colour, linestyle="--" if line.dashed else "-",
-                  marker="o" if marks else None, markersize=5)  # fmt: skip
+        axes.plot(line.x, line.y, label=line.label, color=colour, linestyle="--" if line.dashed else "-", marker=marker,
+                  markersize=5)  # fmt: skip
         if line.low is not None and line.high is not None:
             axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
-    if log_x:
-        axes.set_xscale("log", base=2)
-    if log_y:
-        axes.set_yscale("log")
-    else:
-        axes.set_ylim(bottom=0)
-    _plain_numbers(axes.xaxis, log_x)
-    _plain_numbers(axes.yaxis, log_y)
-    if x_ticks is not None:
-        axes.set_xticks(x_ticks, [_number(tick) for tick in x_ticks])
-        axes.set_xticks([], minor=True)
-    if limit is not None:
-        _add_limit(axes, limit)
 
 
-def _add_limit(axes: Any, limit: Limit) -> None:
-    axes.axhline(limit.y, color=_GREY, linewidth=1.4, linestyle=(0, (5, 3)), label=limit.label)
-    if axes.get_ylim()[1] < 1.05 * limit.y:
-        axes.set_ylim(top=1.08 * limit.y)
+def _thin(labels: Sequence[Any]) -> None:
+    """Hide each label that would touch the next one shown, from the right; their ticks stay."""
+    edge = float("inf")
+    for label in reversed(labels):
+        box = label.get_window_extent()
+        if box.x1 + box.height / 2 > edge:
+            label.set_visible(False)
+        else:
+            edge = box.x0
 
 
-def _plain_numbers(axis: Any, logarithmic: bool) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+def _plain_numbers(axis: Any) -> None:
+    from matplotlib.ticker import FuncFormatter
 
     axis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
-    if logarithmic:
-        axis.set_minor_formatter(NullFormatter())
 
 
 def _number(value: float) -> str:

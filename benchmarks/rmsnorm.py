@@ -84,7 +84,7 @@ def draw(report: Path, rows: list[dict[str, Any]], peak: float) -> Path | None:
         panels.append(Panel(f"hidden size {hidden}", lines))
     tokens = sorted({row["tokens"] for row in rows})
     return draw_panels(
-        report, panels, title="RMSNorm, bfloat16: bytes moved per second", x_label="tokens", y_label="GB/s", log_x=True,
+        report, panels, title="RMSNorm, bfloat16: bytes moved per second", x_label="tokens", y_label="GB/s",
         x_ticks=tokens[:: max(1, len(tokens) // 4)],
         limit=Limit(f"measured bandwidth, {peak / 1e12:.2f} TB/s", peak / 1e9))  # fmt: skip
 
