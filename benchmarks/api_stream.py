@@ -25,6 +25,7 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
+from benchmarks.report import p99
 from deployments.api.app import create_app
 from deployments.protocol.limits import Limits
 from model_core.engine.request import EngineInfo, EngineStats, Request, TokenEvent
@@ -172,14 +173,13 @@ async def measure(tokenizer: Tokenizer, streams: int, tokens: int, step_s: float
             before = [step for step in steps[-400:] if step <= moment] if moment > steps[0] else []
             if before and moment - before[-1] < 1:
                 delays.append(moment - before[-1])
-    delays.sort()
     return {
         "streams": streams,
         "tokens": sent,
         "tok_s": round(sent / wall),
         "cpu_us_per_token": round((spent - idle) / sent * 1e6, 1),
         "delay_ms_p50": round(statistics.median(delays) * 1e3, 2),
-        "delay_ms_p99": round(delays[int(len(delays) * 0.99)] * 1e3, 2),
+        "delay_ms_p99": round(p99(delays) * 1e3, 2),
     }
 
 

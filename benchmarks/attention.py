@@ -28,7 +28,7 @@ from benchmarks.kernels import varlen
 from benchmarks.plots import COLOURS, Limit, Line, Panel, draw_panels
 from benchmarks.random_model import SHAPES, hf_config
 from benchmarks.report import write_report
-from benchmarks.timing import ColdCache, copy_bandwidth
+from benchmarks.timing import ColdCache, copies, copy_bandwidth
 from model_core.dispatch.tiles import default_tiles
 from model_core.kernels import paged_attention as prefill_kernel
 from model_core.kernels.decode import attention as decode_kernel
@@ -40,7 +40,6 @@ from model_core.model.config import ModelConfig
 PAGE = 16
 DECODE_BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION}
 PREFILL_BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-_L2 = 120 << 20  # bytes of data that no GPU's L2 holds
 _MOST_COPIES = 12
 
 Call = Callable[[], torch.Tensor]
@@ -117,7 +116,7 @@ def measure(
     cold: ColdCache, shared: int = DRIVERS_CHOICE,
 ) -> dict[str, Any]:  # fmt: skip
     """Microseconds of both, and the largest difference between them. shared: what our kernel prefers, see partition.py."""
-    made = [make() for _ in range(max(1, min(_MOST_COPIES, _L2 // nbytes)))]
+    made = [make() for _ in range(copies(nbytes, _MOST_COPIES))]
     actual = made[0][0]().float()
     with prefer_shared(shared):
         triton = cold.microseconds([pair[0] for pair in made])

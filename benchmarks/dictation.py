@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 from benchmarks.random_model import hf_config, random_parameters
+from benchmarks.report import p99
 from benchmarks.texts import EOS, GRAMMARS, endless, numbers_of
 from model_core.cache.pages import PagePool
 from model_core.dispatch.ops import Ops
@@ -124,7 +125,7 @@ def added(vocabulary: Vocabulary, batch: int, steps: int, shape: str = "tinyllam
                 "grammar": name, "vocabulary": vocabulary.size, "batch": batch, "device": "cuda", "steps": steps,
                 "compile_ms": round(compile_ms, 1), "without_us": round(without, 1), "step_us": round(under, 1),
                 "added_us": round(under - without, 1), "host_us": round(statistics.median(spent), 1),
-                "host_us_p99": round(sorted(spent)[int(0.99 * (len(spent) - 1))], 1),
+                "host_us_p99": round(p99(spent), 1),
             })  # fmt: skip
     dictation.engine.shutdown()
     return rows

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.report import write_report
-from benchmarks.timing import copy_bandwidth, microseconds
+from benchmarks.timing import copies, copy_bandwidth, microseconds
 from model_core.kernels import paged_attention as attention
 from model_core.kernels import rmsnorm, rope_kv, swiglu
 from model_core.kernels.paged_attention_torch import paged_attention_torch
@@ -29,7 +29,7 @@ from model_core.model.batch import Batch
 
 TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
 SHAPES = {"tinyllama-1.1b": (2048, 5632, 32, 4, 64), "llama-2-7b": (4096, 11008, 32, 32, 128)}
-_L2 = 120 << 20
+_MOST_COPIES = 20
 _PAGE = 16
 
 
@@ -144,8 +144,7 @@ def varlen(queries: list[int], contexts: list[int], device: str = "cuda") -> Bat
 
 
 def measure(case: Case, peak: float) -> dict[str, Any]:
-    copies = max(1, min(20, _L2 // max(1, case.nbytes)))
-    made = [case.make() for _ in range(copies)]
+    made = [case.make() for _ in range(copies(case.nbytes, _MOST_COPIES))]
     exact = made[0][2]
     actual = made[0][0]()[: exact.shape[0]].double()
     error = ((actual - exact).abs().max() / exact.abs().max() / torch.finfo(torch.bfloat16).eps).item()

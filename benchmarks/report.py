@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +34,12 @@ def write_report(benchmark: str, rows: list[dict[str, Any]], *, out: Path | None
     }
     path.write_text(json.dumps(report, indent=1) + "\n")
     return path
+
+
+def p99(values: Iterable[float]) -> float:
+    """The 99th percentile, one of the values: more than 99 % are no larger, so of up to 100 it is the largest."""
+    ordered = sorted(values)
+    return ordered[int(0.99 * len(ordered))]
 
 
 def device_slug() -> str:

@@ -23,12 +23,11 @@ import torch.nn.functional as F
 
 from benchmarks.plots import COLOURS, Limit, Line, Panel, draw_panels
 from benchmarks.report import write_report
-from benchmarks.timing import ColdCache, bandwidths
+from benchmarks.timing import ColdCache, bandwidths, copies
 from model_core.kernels import rmsnorm
 
 EPS = 1e-5
 OPS = ("rmsnorm", "add_rmsnorm")
-_L2 = 120 << 20  # bytes of data that no GPU's L2 holds
 _MOST_COPIES = 16
 
 Calls = dict[str, Callable[[], torch.Tensor]]
@@ -54,7 +53,7 @@ def make(op: str, tokens: int, weight: torch.Tensor) -> Calls:
 def measure(op: str, tokens: int, hidden: int, cold: ColdCache, peak: float) -> dict[str, Any]:
     weight = torch.rand(hidden, device="cuda").bfloat16()
     nbytes = rmsnorm.bytes_moved(tokens, hidden, weight.element_size(), add=op == "add_rmsnorm")
-    made = [make(op, tokens, weight) for _ in range(max(1, min(_MOST_COPIES, _L2 // nbytes)))]
+    made = [make(op, tokens, weight) for _ in range(copies(nbytes, _MOST_COPIES))]
     us = {way: cold.microseconds([calls[way] for calls in made]) for way in made[0]}
     return row(op, hidden, tokens, us, nbytes, peak)
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import uvloop
 
-from benchmarks.report import write_report
+from benchmarks.report import p99, write_report
 from benchmarks.server import ROOT, Server, connect, serving
 
 LETTERS = 4
@@ -123,12 +123,12 @@ def one_round(server: Server, trace: Path, streams: int, tokens: int) -> dict[st
     with trace.open() as file:
         file.seek(trace_at)
         steps = [json.loads(line) for line in file]
-    delays = sorted(travel_times(steps, arrivals))
+    delays = travel_times(steps, arrivals)
     used = {name: 1e6 * (after[name] - before[name] - idle[name] * wall) / total for name in processes}
     return {
         "tok_s": total / (max(stream[-1][0] for stream in arrivals) - answer["began"]),
         "delay_ms_p50": 1e3 * statistics.median(delays),
-        "delay_ms_p99": 1e3 * delays[int(0.99 * len(delays))],
+        "delay_ms_p99": 1e3 * p99(delays),
         **{f"cpu_us_{name}": value for name, value in used.items()},
         "cpu_us_engine_thread": 1e6 * (steps[-1][2] - steps[0][2]) / total,
         "cpu_us_server": sum(used.values()),

@@ -87,6 +87,11 @@ class ColdCache:
         return [(torch.sum(self._other), *(call() for call in calls)) for _ in range(rounds)]
 
 
+def copies(nbytes: int, most: int) -> int:
+    """How many times there must be data of `nbytes` that no GPU's L2 holds all of them; from 1 to `most`."""
+    return max(1, min(most, (120 << 20) // max(1, nbytes)))
+
+
 def keep_busy(work: Call, seconds: float = 0.3) -> None:
     """Run `work` again and again: an idle GPU needs a while to reach its clocks."""
     until = time.perf_counter() + seconds

@@ -102,6 +102,14 @@ def chained(rules: Rules, body: str, low: int, high: int | None) -> str:
     return name
 
 
+def counted(rules: Rules, body: str, low: int, high: int | None, *, beyond: int = GROUP) -> str:
+    """low to high times, by whichever way is quick: `chained` where a set may come more than `beyond` times and CHAIN rules are
+    enough for it, else `repeated`."""
+    if body[0] == "[" and beyond < max(low, high or 0) <= CHAIN:
+        return chained(rules, body, low, high)
+    return repeated(body, low, high)
+
+
 def joined(*bodies: str) -> str:
     """One behind the other."""
     return " ".join(body for body in bodies if body != NOTHING) or NOTHING

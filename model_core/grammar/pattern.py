@@ -12,18 +12,15 @@ from typing import NoReturn
 from model_core.errors import RequestError
 from model_core.grammar.ebnf import (
     ANY,
-    CHAIN,
-    GROUP,
     MAX_REPEAT,
     NOTHING,
     Ranges,
     Rules,
-    chained,
     common,
+    counted,
     either,
     joined,
     one_of,
-    repeated,
     union,
     without,
 )
@@ -166,9 +163,7 @@ class _Parser:
         self._take("?")  # as few as possible: the same texts match
         if self._next() in ("*", "+", "?") or _BOUNDS.match(self._pattern, self._at):
             self._refuse(f"'{self._next()}' behind a repetition")
-        if piece[0] == "[" and GROUP < max(low, high or 0) <= CHAIN:
-            return chained(self._rules, piece, low, high)
-        return piece if piece == NOTHING else repeated(piece, low, high)
+        return piece if piece == NOTHING else counted(self._rules, piece, low, high)
 
     def _characters(self, ranges: Ranges) -> str:
         body = in_json(ranges) if self._json and ranges else one_of(ranges) if ranges else ""

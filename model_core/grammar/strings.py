@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from model_core.grammar.ebnf import CHAIN, MAX_REPEAT, Rules, chained, one_of, repeated
+from model_core.grammar.ebnf import MAX_REPEAT, Rules, counted, one_of
 from model_core.grammar.formats import FORMATS
 from model_core.grammar.part import Part
 from model_core.grammar.pattern import ESCAPED_IN_JSON, PLAIN_IN_JSON, pattern_grammar
@@ -32,8 +32,7 @@ def string(part: Part, rules: Rules) -> str:
         return matching(FORMATS[kind], part, rules, "pattern")
     if not bounded:
         return rules.add(STRING)
-    few = 0 < max(low, high or 0) <= CHAIN
-    return rules.add(f'"\\"" {chained(rules, _PLAIN, low, high) if few else repeated(_PLAIN, low, high)} "\\""')
+    return rules.add(f'"\\"" {counted(rules, _PLAIN, low, high, beyond=0)} "\\""')  # rules that all strings share
 
 
 def matching(pattern: str, part: Part, rules: Rules, key: str) -> str:

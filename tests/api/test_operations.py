@@ -17,6 +17,7 @@ from deployments.api.app import create_app
 from deployments.api.metrics import Metrics
 from deployments.transport.base import NotReady, Overloaded, ReplicaLost
 from model_core.errors import EngineDead, RequestError
+from tests.waiting import wait_until
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -39,13 +40,6 @@ def open_stream(server, **fields):
     connection = socket.create_connection(("127.0.0.1", server.port), 10)
     connection.sendall(HEAD % len(body) + body)
     return connection
-
-
-def wait_until(condition, seconds=5.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 @pytest.mark.parametrize("stream", [True, False])

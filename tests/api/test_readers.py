@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+from tests.waiting import wait_until
+
 BODY = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
 
@@ -22,13 +24,6 @@ def connect(server, **fields):
     connection.connect(("127.0.0.1", server.port))
     connection.sendall(HEAD % len(body) + body)
     return connection
-
-
-def wait_until(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from ray.serve._private import controller, haproxy_templates
 from benchmarks.server import ROOT, free_ports
 from deployments import haproxy
 from tests.deployments.raw import TO_HAPROXY, ask, check
+from tests.waiting import wait_until
 
 VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 TIMES = "".join(f"    timeout {of} 1s\n" for of in ("client", "connect", "server"))
@@ -39,13 +39,6 @@ def answers(port: int) -> bool:
     except ConnectionRefusedError:
         return False
     return True
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 
@@ -11,6 +9,7 @@ from benchmarks.random_model import write_model
 from model_core.engine.config import EngineConfig
 from model_core.engine.engine import Engine
 from model_core.engine.request import Request, SamplingParams
+from tests.engine.served import Served
 
 
 @pytest.fixture
@@ -19,26 +18,13 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "mini-llm" / "dispatch"
 
 
-
-
 def greedy(folder, requests, **config):
     engine = Engine.load(folder, EngineConfig(device="cuda", kv_cache_bytes=8 << 20, max_seqs=12, **config))
-    tokens, logprobs, left, done = {}, {}, {request.request_id for request in requests}, threading.Event()
-
-    def on_step(events):
-        for event in events:
-            tokens.setdefault(event.request_id, []).extend(event.token_ids)
-            logprobs.setdefault(event.request_id, []).extend(event.logprobs or [])
-            left.discard(event.request_id) if event.finish else None
-        if not left:
-            done.set()
-
-    engine.start(on_step)
-    for request in requests:
-        engine.submit(request)
-    assert done.wait(120), engine.failure
+    served = Served(engine)
+    tokens = served.ask(*requests)
+    logprobs = {name: served.logprobs(name) for name in tokens}
     table, startup = engine.dispatch_table(), engine.parts.startup.seconds()
-    engine.shutdown()
+    served.close()
     return tokens, logprobs, table, startup
 
 

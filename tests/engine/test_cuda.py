@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
-
 import pytest
 import torch
 
@@ -12,6 +9,7 @@ from benchmarks.random_model import SHAPES, write_model
 from model_core.engine.config import EngineConfig
 from model_core.engine.engine import Engine
 from model_core.engine.request import Request, SamplingParams
+from tests.engine.served import Served
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -25,29 +23,11 @@ def folder(tmp_path_factory):
 
 
 def run(folder, requests, **config):
-    """Token ids and finish reasons by request id."""
+    """Token ids and finish reasons by request id, and the engine's statistics."""
     config = {"dtype": "float32", "kv_cache_bytes": config.pop("kv", 8 << 20)} | config
-    engine = Engine.load(folder, EngineConfig(**config))
-    tokens, finishes, done = {}, {}, threading.Event()
-
-    def on_step(events):
-        for event in events:
-            tokens.setdefault(event.request_id, []).extend(event.token_ids)
-            if event.finish:
-                finishes[event.request_id] = event.finish
-        if len(finishes) == len(requests):
-            done.set()
-
-    engine.start(on_step)
-    for request in requests:
-        engine.submit(request)
-    assert done.wait(120), f"{len(finishes)} of {len(requests)} ended; {engine.stage} {engine.failure}"
-    deadline = time.monotonic() + 5  # a step beyond the end may be in flight
-    while (stats := engine.stats()).pages_free + stats.pages_cached < stats.pages_total and time.monotonic() < deadline:
-        time.sleep(0.001)
-    engine.shutdown()
-    assert stats.pages_free + stats.pages_cached == stats.pages_total
-    return tokens, finishes, stats
+    served = Served(Engine.load(folder, EngineConfig(**config)))
+    tokens = served.ask(*requests)
+    return tokens, served.finishes(), served.close()
 
 
 def requests(**params):
@@ -92,23 +72,13 @@ def test_what_graphs_cut_equals_the_cpus(folder, params):
 
 
 def test_an_abort_in_flight_frees_its_pages(folder):
-    engine = Engine.load(folder, EngineConfig(device="cuda", dtype="float32", kv_cache_bytes=8 << 20))
-    finishes, begun, ended = {}, threading.Event(), threading.Event()
-
-    def on_step(events):
-        begun.set()
-        finishes.update({event.request_id: event.finish for event in events if event.finish})
-        if finishes:
-            ended.set()
-
-    engine.start(on_step)
-    engine.submit(Request("a", PROMPTS[4], SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)))
-    assert begun.wait(60)
-    engine.abort("a")
-    assert ended.wait(10) and finishes == {"a": "abort"}
-    engine.shutdown()
-    stats = engine.stats()
-    assert stats.pages_free + stats.pages_cached == stats.pages_total
+    served = Served(Engine.load(folder, EngineConfig(device="cuda", dtype="float32", kv_cache_bytes=8 << 20)))
+    served.submit(Request("a", PROMPTS[4], SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)))
+    served.until(lambda: served.events)
+    served.engine.abort("a")
+    served.wait("a")
+    assert served.finishes() == {"a": "abort"}
+    served.close()
 
 
 def steps(engine, requests):
@@ -163,16 +133,13 @@ def test_smollm2_gives_the_same_tokens_by_graphs_by_launches_and_by_references(s
 
 def test_bfloat16_stays_near_float32(folder):
     """Random weights give flat logits, so tokens may differ; log-probabilities may not by much."""
-    ask = [Request("r", PROMPTS[5], SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, logprobs=5))]
+    request = Request("r", PROMPTS[5], SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, logprobs=5))
     best = {}
     for dtype in ("float32", "bfloat16"):
-        engine = Engine.load(folder, EngineConfig(device="cuda", dtype=dtype, kv_cache_bytes=8 << 20))
-        done, found = threading.Event(), []
-        engine.start(lambda events, found=found, done=done: (found.extend(events), done.set()))
-        engine.submit(ask[0])
-        assert done.wait(60)
-        engine.shutdown()
-        best[dtype] = dict(found[0].logprobs[0].top)
+        served = Served(Engine.load(folder, EngineConfig(device="cuda", dtype=dtype, kv_cache_bytes=8 << 20)))
+        served.ask(request)
+        best[dtype] = dict(served.logprobs("r")[0].top)
+        served.close()
     shared = best["float32"].keys() & best["bfloat16"].keys()
     assert len(shared) >= 2
     assert all(abs(best["float32"][token] - best["bfloat16"][token]) < 0.02 for token in shared)
@@ -184,16 +151,7 @@ def test_nothing_compiles_after_ready(folder, monkeypatch):
     engine = Engine.load(folder, EngineConfig(device="cuda", dtype="bfloat16", kv_cache_bytes=8 << 20))
     compiled = []
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **facts: compiled.append(facts["fn"].name))
-    finished, done = [], threading.Event()
-
-    def on_step(events):
-        finished.extend(event.finish for event in events if event.finish)
-        if len(finished) == len(PROMPTS):
-            done.set()
-
-    engine.start(on_step)
-    for request in requests(temperature=0.7, top_k=20, top_p=0.9):
-        engine.submit(request)
-    assert done.wait(120)
-    engine.shutdown()
+    served = Served(engine)
+    served.ask(*requests(temperature=0.7, top_k=20, top_p=0.9))
+    served.close()
     assert compiled == []

@@ -6,8 +6,6 @@ makes it so on TinyLlama's shapes.
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 
@@ -22,6 +20,7 @@ from model_core.grammar.spec import of_regex
 from model_core.kernels.linear import packing_works
 from model_core.kernels.linear_fixed import _MANY, fixed_tiles, linear_fixed
 from model_core.weights.checkpoint import open_checkpoint
+from tests.engine.served import Served
 
 GPU = torch.cuda.is_available()
 only_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
@@ -53,29 +52,11 @@ def run(folder, asked, *, pages=200, alone=False, before=lambda engine: None, **
     kv = open_checkpoint(folder).config.kv_bytes_per_token(size) * config["page_size"] * pages
     engine = Engine.load(folder, EngineConfig(deterministic=True, kv_cache_bytes=kv, **config))
     before(engine)
-    found: dict[str, tuple[list, list]] = {one.request_id: ([], []) for one in asked}
-    left, changed = set(), threading.Condition()
-
-    def on_step(events):
-        with changed:
-            for event in events:
-                found[event.request_id][0].extend(event.token_ids)
-                found[event.request_id][1].extend(event.logprobs or [])
-                if event.prompt is not None:
-                    found[event.request_id][1].extend(zip(event.prompt.own, event.prompt.ranks, strict=True))
-                if event.finish:
-                    left.discard(event.request_id)
-            changed.notify()
-
-    engine.start(on_step)
+    served = Served(engine)
     for group in [[one] for one in asked] if alone else [asked]:
-        left.update(one.request_id for one in group)
-        for one in group:
-            engine.submit(one)
-        with changed:
-            assert changed.wait_for(lambda: not left, 120), f"{engine.stage} {engine.failure}"
-    stats = engine.stats()
-    engine.shutdown()
+        served.ask(*group)
+    found = {one.request_id: (served.tokens(one.request_id), served.logprobs(one.request_id)) for one in asked}
+    stats = served.close()
     assert all(len(tokens) == one.params.max_tokens for one, (tokens, _) in zip(asked, found.values(), strict=True))
     return found, stats
 

@@ -13,9 +13,10 @@ import torch
 
 from model_core.engine.config import EngineConfig
 from model_core.engine.engine import Engine
-from model_core.engine.request import Request, SamplingParams
+from model_core.engine.request import EngineStats, Request, SamplingParams
 from model_core.errors import EngineDead, RequestError
 from model_core.weights.checkpoint import open_checkpoint
+from tests.engine.served import Served
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,12 +31,11 @@ def ids(count: int, seed: int) -> list[int]:
 PROMPTS = [ids(1, 1), ids(8, 2), ids(17, 3), ids(45, 4)]
 
 
-class Served:
-    """A started engine and what it said. Steps wait while requests are submitted, so who meets whom is not luck."""
+class Gated(Served):
+    """Steps wait while requests are submitted, so who meets whom is not luck."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.events, self.late = engine, {}, []
-        self.go, self.at_gate, self.changed = threading.Event(), threading.Event(), threading.Condition()
+        self.go, self.at_gate = threading.Event(), threading.Event()
         launch = engine.parts.runner.launch
 
         def gated(plan, *rest):
@@ -45,35 +45,13 @@ class Served:
 
         engine.parts.runner.launch = gated
         engine.parts.runner.kv.poison(1e30)
-        engine.start(self._on_step)
+        super().__init__(engine)
 
-    def _on_step(self, events) -> None:
-        with self.changed:
-            for event in events:
-                told = self.events.setdefault(event.request_id, [])
-                self.late += [event] if told and told[-1].finish else []
-                told.append(event)
-            self.changed.notify_all()
-
-    def submit(self, *requests: Request) -> None:
-        for request in requests:
-            if self.finish(request.request_id):
-                del self.events[request.request_id]
-            self.engine.submit(request)
-
-    def wait(self, *names: str) -> None:
-        """Let steps run until these requests have ended."""
+    def until(self, true) -> None:
+        """Let steps run until then."""
         self.go.set()
-        with self.changed:
-            ended = self.changed.wait_for(lambda: all(self.finish(name) for name in names), timeout=60)
+        super().until(true)
         self.go.clear()
-        assert ended, f"{[name for name in names if not self.finish(name)]} go on; {self.engine.stage} {self.engine.failure}"
-
-    def ask(self, *requests: Request) -> dict[str, list[int]]:
-        """All of them at once; their tokens."""
-        self.submit(*requests)
-        self.wait(*(request.request_id for request in requests))
-        return {request.request_id: self.tokens(request.request_id) for request in requests}
 
     def steps(self, count: int) -> None:
         """Let at least `count` more steps run."""
@@ -83,24 +61,12 @@ class Served:
             time.sleep(0.0005)
         self.go.clear()
 
-    def tokens(self, name: str) -> list[int]:
-        return [token for event in self.events.get(name, []) for token in event.token_ids]
-
-    def finish(self, name: str) -> str | None:
-        told = self.events.get(name)
-        return told[-1].finish if told else None
-
     def error(self, name: str) -> str:
         return self.events[name][-1].error or ""
 
-    def close(self) -> None:
-        """Whatever happened: nothing follows a last event, and where all have ended all pages are available."""
-        ended = self.engine.alive and all(told[-1].finish for told in self.events.values())
+    def close(self) -> EngineStats:
         self.go.set()
-        self.engine.shutdown()
-        stats = self.engine.stats()
-        assert not self.late
-        assert not ended or (stats.pages_free + stats.pages_cached, stats.running, stats.waiting) == (stats.pages_total, 0, 0)
+        return super().close()
 
 
 @pytest.fixture
@@ -108,14 +74,14 @@ def serve(checkpoint_dirs, oracles):
     """serve(family, pages=, **EngineConfig): a running engine whose unwritten KV slots are all 1e30."""
     opened = []
 
-    def open_(family: str = "llama3", *, pages: int = 100, before=lambda engine: None, **config) -> Served:
+    def open_(family: str = "llama3", *, pages: int = 100, before=lambda engine: None, **config) -> Gated:
         folder = checkpoint_dirs[family]
         kv = open_checkpoint(folder).config.kv_bytes_per_token(4) * PAGE * pages
         config = dict(max_seqs=8, max_batch_tokens=128) | config
         engine = Engine.load(folder, EngineConfig(device="cpu", dtype="float32", threads=1, page_size=PAGE,
                                                   kv_cache_bytes=kv, **config))  # fmt: skip
         before(engine)
-        opened.append(Served(engine))
+        opened.append(Gated(engine))
         return opened[-1]
 
     yield open_
@@ -394,7 +360,7 @@ def test_two_requests_of_one_id_at_the_same_moment_give_one_answer(serve, greedy
     assert served.ask(request("twin", PROMPTS[3])) == {"twin": greedy("llama3", PROMPTS[3])}  # it is free again
 
 
-def fail_steps(served: Served, monkeypatch, failing) -> None:
+def fail_steps(served: Gated, monkeypatch, failing) -> None:
     """Steps for which failing(plan) is true raise."""
     launch = served.engine.parts.runner.launch
 

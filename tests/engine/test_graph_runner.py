@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from itertools import count
 
@@ -27,6 +26,7 @@ from model_core.kernels.decode.attention import SplitTiles
 from model_core.kernels.decode.products import RowTiles
 from model_core.kernels.decode.tiles import TensorTiles
 from model_core.tokenizer.load import load_tokenizer
+from tests.engine.served import Served
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -48,9 +48,9 @@ def folder(tmp_path_factory):
 
 def run(folder, requests, *, tiles=None, abort=None, preempt=None, warm_up=True, ahead=1, steps=None,
         **config):  # fmt: skip
-    """Token ids by request, and the engine's statistics. tiles: of a GraphRunner for all buckets; None: the plain runner.
-    ahead: steps in flight at most when a GraphRunner launches one, as on a GPU, wherever this runs. steps: a list to which the
-    requests that get a token are added, step by step; all requests then meet in the first one."""
+    """Tokens, finishes and log-probabilities by request, and the engine's statistics. tiles: of a GraphRunner for all buckets;
+    None: the plain runner. ahead: steps in flight at most when a GraphRunner launches one, as on a GPU, wherever this runs.
+    steps: a list to which the requests that get a token are added, step by step; all requests then meet in the first one."""
     config = {"dtype": "float32", "kv_cache_bytes": 1 << 20, "max_seqs": 4, "device": DEVICE, "cuda_graphs": False} | config
     engine = Engine.load(folder, EngineConfig(**config))
     parts = engine.parts
@@ -62,40 +62,32 @@ def run(folder, requests, *, tiles=None, abort=None, preempt=None, warm_up=True,
             parts.runner.warm_up(parts.limits.max_batch_tokens)
         engine._most_ahead = ahead
     parts.runner.kv.poison(1e30)  # the dump page too
-    tokens, finishes, logprobs, done = {}, {}, {}, threading.Event()
 
-    def on_step(events):
-        if steps is not None and any(event.token_ids for event in events):
-            steps.append({event.request_id for event in events if event.token_ids})
-        if not GPU:
-            parts.scheduler.check()
-        for event in events:
-            tokens.setdefault(event.request_id, []).extend(event.token_ids)
-            logprobs.setdefault(event.request_id, []).extend(event.logprobs or [])
-            if event.prompt is not None:
-                logprobs[event.request_id].extend(zip(event.prompt.own, event.prompt.ranks, strict=True))
-            if event.finish:
-                finishes[event.request_id] = event.finish
-            if abort == event.request_id and len(tokens[abort]) == 3:
+    class Watched(Served):
+        def on_step(self, events):
+            if steps is not None and any(event.token_ids for event in events):
+                steps.append({event.request_id for event in events if event.token_ids})
+            if not GPU:
+                parts.scheduler.check()
+            super().on_step(events)
+
+        def hear(self, event):
+            super().hear(event)
+            if abort == event.request_id and len(self.tokens(abort)) == 3:
                 engine.abort(abort)
-            if preempt == event.request_id and len(tokens[preempt]) in (2, 4):
+            if preempt == event.request_id and len(self.tokens(preempt)) in (2, 4):
                 parts.scheduler.preempt(preempt)
-        if len(finishes) == len(requests):
-            done.set()
 
+    names = [request.request_id for request in requests]
     if steps is not None:
         for request in requests:
             engine._inbox.submit(engine._seeded(request), engine.prepare(request))
-    engine.start(on_step)
-    for request in requests if steps is None else []:
-        engine.submit(request)
-    assert done.wait(170), f"{engine.stage} {engine.failure}"
-    deadline = time.monotonic() + 5  # a step beyond the end may be in flight
-    while (stats := engine.stats()).pages_free + stats.pages_cached < stats.pages_total and time.monotonic() < deadline:
-        time.sleep(0.001)
-    engine.shutdown()
-    assert stats.pages_free + stats.pages_cached == stats.pages_total
-    return tokens, finishes, logprobs, stats
+    served = Watched(engine)
+    if steps is None:
+        served.submit(*requests)
+    served.wait(*names)
+    tokens, logprobs = ({name: of(name) for name in names} for of in (served.tokens, served.logprobs))
+    return tokens, served.finishes(), logprobs, served.close()
 
 
 def ask(max_tokens=40 if GPU else 3, **params):

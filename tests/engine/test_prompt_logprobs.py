@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 
@@ -13,6 +11,7 @@ from model_core.engine.request import Request, SamplingParams
 from model_core.engine.validate import MAX_PROMPT_LOGPROBS
 from model_core.errors import RequestError
 from model_core.weights.checkpoint import open_checkpoint
+from tests.engine.served import Served
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,38 +27,22 @@ def ids(seed: int, length: int) -> list[int]:
 PROMPT, OTHER = ids(1, 45), ids(2, 30)
 
 
-class Served:
-    """A running engine. `ask` returns its events by request, once all have ended."""
+class Scoring(Served):
+    """Whom `preempting` names is preempted after each of its events."""
+
+    preempting: str | None = None
 
     def __init__(self, folder, *, pages: int = 100, **config) -> None:
         kv = open_checkpoint(folder).config.kv_bytes_per_token(4) * PAGE * pages
         config = dict(max_seqs=4, max_batch_tokens=128, device="cpu", dtype="float32", threads=1) | config
-        self.engine = Engine.load(folder, EngineConfig(page_size=PAGE, kv_cache_bytes=kv, **config))
-        self.engine.parts.runner.kv.poison(1e30)
-        self.events, self.changed = {}, threading.Condition()
-        self.preempting: str | None = None
-        self.engine.start(self.on_step)
+        engine = Engine.load(folder, EngineConfig(page_size=PAGE, kv_cache_bytes=kv, **config))
+        engine.parts.runner.kv.poison(1e30)
+        super().__init__(engine)
 
-    def on_step(self, events) -> None:
-        with self.changed:
-            for event in events:
-                self.events.setdefault(event.request_id, []).append(event)
-                if event.request_id == self.preempting and event.finish is None:
-                    self.engine.parts.scheduler.preempt(self.preempting)
-            self.changed.notify()
-
-    def ask(self, *requests: Request) -> None:
-        for one in requests:
-            self.engine.submit(one)
-        names = [one.request_id for one in requests]
-        with self.changed:
-            assert self.changed.wait_for(lambda: all(map(self.ended, names)), 60), self.engine.stage
-
-    def ended(self, name: str) -> bool:
-        return name in self.events and self.events[name][-1].finish is not None
-
-    def tokens(self, name: str) -> list[int]:
-        return [token for event in self.events[name] for token in event.token_ids]
+    def hear(self, event) -> None:
+        super().hear(event)
+        if event.request_id == self.preempting and event.finish is None:
+            self.engine.parts.scheduler.preempt(self.preempting)
 
     def scored(self, name: str) -> tuple[list[float], list[int], list[list[tuple[int, float]]]]:
         """Own log-probabilities, ranks, and the best (id, log-probability), of all tokens but the first."""
@@ -75,18 +58,17 @@ class Served:
 def serve(checkpoint_dirs, oracles):
     opened = []
 
-    def open_(family: str = "llama3", **config) -> Served:
-        opened.append(Served(checkpoint_dirs[family], **config))
+    def open_(family: str = "llama3", **config) -> Scoring:
+        opened.append(Scoring(checkpoint_dirs[family], **config))
         return opened[-1]
 
     yield open_
     for served in opened:
-        served.engine.shutdown()
-        stats = served.engine.stats()
-        assert stats.pages_free + stats.pages_cached == stats.pages_total and served.engine.failure is None
+        served.close()
+        assert served.engine.failure is None
 
 
-def check(served: Served, oracle, name: str, prompt: list[int], count: int) -> None:
+def check(served: Scoring, oracle, name: str, prompt: list[int], count: int) -> None:
     own, ranks, best = served.scored(name)
     with torch.no_grad():
         logits = oracle(torch.tensor([prompt])).logits[0, :-1].float()

@@ -13,6 +13,7 @@ from model_core.engine import engine as module
 from model_core.engine.config import EngineConfig
 from model_core.engine.engine import Engine
 from model_core.engine.request import Request, SamplingParams
+from tests.engine.served import Served
 
 GRAPHS = 5
 
@@ -22,21 +23,20 @@ def folder(tmp_path_factory):
     return write_model("tiny", tmp_path_factory.mktemp("model") / "tiny", dtype=torch.float32)
 
 
-class Capturing:
-    """A CPU engine whose runner captures graphs, each as long as `allowed` lets it (None: a moment)."""
+class Capturing(Served):
+    """On a CPU: its runner captures graphs, each as long as `allowed` lets it (None: a moment)."""
 
     def __init__(self, folder, allowed: threading.Semaphore | None = None) -> None:
-        self.engine = Engine.load(folder, EngineConfig(device="cpu", kv_cache_bytes=1 << 20, max_seqs=2, threads=1))
-        self.captured, self.ended, self.allowed = list[float](), dict[str, float](), allowed
-        self.changed = threading.Condition()
-        runner = self.engine.parts.runner
+        engine = Engine.load(folder, EngineConfig(device="cpu", kv_cache_bytes=1 << 20, max_seqs=2, threads=1))
+        self.captured, self.allowed = list[float](), allowed
+        runner = engine.parts.runner
 
         class Slow(type(runner)):  # `unprepared` is a property
             unprepared = property(lambda _: GRAPHS - len(self.captured))
             prepare = lambda _: self._capture()  # noqa: E731
 
         runner.__class__ = Slow
-        self.engine.start(self._on_step)
+        super().__init__(engine)
 
     def _capture(self) -> None:
         if self.allowed is not None:
@@ -45,31 +45,20 @@ class Capturing:
             self.captured.append(time.monotonic())
             self.changed.notify_all()
 
-    def _on_step(self, events) -> None:
-        with self.changed:
-            self.ended |= {event.request_id: time.monotonic() for event in events if event.finish}
-            self.changed.notify_all()
-
-    def ask(self, name: str) -> float:
-        """One request, to its end: when that was."""
-        self.engine.submit(Request(name, [1, 2, 3], SamplingParams(max_tokens=3, ignore_eos=True)))
-        self.wait(lambda: name in self.ended)
-        return self.ended[name]
-
-    def wait(self, condition) -> None:
-        with self.changed:
-            assert self.changed.wait_for(condition, timeout=30), (self.engine.stage, self.engine.failure)
-
     def left(self) -> int:
         return self.engine.stats().graphs_to_capture
+
+
+def request(name: str) -> Request:
+    return Request(name, [1, 2, 3], SamplingParams(max_tokens=3, ignore_eos=True))
 
 
 def test_they_begin_at_start(folder, monkeypatch):
     monkeypatch.setattr(module, "_QUIET_S", 1000.0)
     served = Capturing(folder)
-    served.wait(lambda: len(served.captured) == GRAPHS)
+    served.until(lambda: len(served.captured) == GRAPHS)
     assert served.left() == 0
-    served.ask("and it serves")
+    served.ask(request("and it serves"))
     served.engine.shutdown()
 
 
@@ -78,15 +67,16 @@ def test_a_newcomer_waits_for_one_at_most(folder, monkeypatch):
     monkeypatch.setattr(module, "_QUIET_S", 0.1)
     allowed = threading.Semaphore(1)
     served = Capturing(folder, allowed)
-    served.wait(lambda: served.captured)  # and the thread is in the second one, or about to be
-    served.engine.submit(Request("a", [1, 2, 3], SamplingParams(max_tokens=3, ignore_eos=True)))
+    served.until(lambda: served.captured)  # and the thread is in the second one, or about to be
+    served.submit(request("a"))
     allowed.release()
-    served.wait(lambda: "a" in served.ended)
+    served.wait("a")
     assert len(served.captured) <= 2
     allowed.release(GRAPHS)
-    served.wait(lambda: len(served.captured) == GRAPHS)
-    late = [moment for moment in served.captured if moment > served.ended["a"]]
-    assert late and late[0] - served.ended["a"] >= 0.1 - 0.02  # the last step's events left a bit after it
+    served.until(lambda: len(served.captured) == GRAPHS)
+    ended = served.times["a"][-1]
+    late = [moment for moment in served.captured if moment > ended]
+    assert late and late[0] - ended >= 0.1 - 0.02  # the last step's events left a bit after it
     served.engine.shutdown()
 
 
@@ -94,14 +84,14 @@ def test_none_between_the_requests_of_a_client(folder, monkeypatch):
     monkeypatch.setattr(module, "_QUIET_S", 1000.0)
     allowed = threading.Semaphore(1)
     served = Capturing(folder, allowed)
-    served.wait(lambda: served.captured)
-    served.engine.submit(Request("first", [1], SamplingParams(max_tokens=3, ignore_eos=True)))
+    served.until(lambda: served.captured)
+    served.submit(request("first"))
     allowed.release()
-    served.wait(lambda: "first" in served.ended)
+    served.wait("first")
     captured = len(served.captured)
     allowed.release(GRAPHS)
     for number in range(20):
-        served.ask(f"r{number}")
+        served.ask(request(f"r{number}"))
     time.sleep(0.05)  # idle, but not for long
     assert len(served.captured) == captured and served.left() == GRAPHS - captured
     assert served.engine.stage == "idle"

@@ -17,6 +17,7 @@ from model_core.engine.request import Request, SamplingParams
 from model_core.engine.sequence import Reason
 from model_core.grammar import beside
 from model_core.grammar.spec import of_regex, of_schema
+from tests.engine.served import Served
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -92,76 +93,54 @@ def test_the_tokens_are_the_same(folder, expected, slow, ahead, preempting) -> N
         assert not scheduler.has_work and not scheduler.pool.used
 
 
-class Heard:
-    """An engine, and what it told of each request: times of tokens, and the last event."""
-
-    def __init__(self, folder) -> None:
-        self.times: dict[str, list[float]] = {}
-        self.finish: dict[str, str] = {}
-        self._changed = threading.Condition()
-        self.engine = Engine.load(folder, CONFIG)
-        self.engine.start(self._on_step)
-
-    def _on_step(self, events) -> None:
-        with self._changed:
-            for event in events:
-                self.times.setdefault(event.request_id, []).append(time.perf_counter())
-                if event.finish:
-                    self.finish[event.request_id] = event.finish
-            self._changed.notify_all()
-
-    def until(self, true) -> None:
-        with self._changed:
-            assert self._changed.wait_for(true, 60), (self.engine.failure, self.engine.stage)
-
-    def submit(self, name: str, **params) -> None:
-        self.engine.submit(Request(name, [1, 2, 3], SamplingParams(ignore_eos=True, stop_ids=(300,), **params)))
+def request(name: str, **params) -> Request:
+    return Request(name, [1, 2, 3], SamplingParams(ignore_eos=True, stop_ids=(300,), **params))
 
 
 @pytest.fixture
 def heard(folder):
-    one = Heard(folder)
+    one = Served(Engine.load(folder, CONFIG))
     yield one
     one.engine.shutdown()
 
 
 def test_others_go_on_meanwhile(heard, slow) -> None:
     slow(lambda number: 0.3)
-    heard.submit("slow", max_tokens=4, grammar=FAR)
-    heard.submit("other", max_tokens=200)
-    heard.submit("quick", max_tokens=8, grammar=NEAR, logit_bias={300: -100.0})
-    heard.until(lambda: "slow" in heard.finish and "other" in heard.finish)
+    heard.submit(request("slow", max_tokens=4, grammar=FAR))
+    heard.submit(request("other", max_tokens=200))
+    heard.submit(request("quick", max_tokens=8, grammar=NEAR, logit_bias={300: -100.0}))
+    heard.wait("slow", "other")
     steps = [b - a for a, b in zip(heard.times["other"], heard.times["other"][1:], strict=False)]
     assert sorted(steps)[-3] < 0.1 and heard.times["other"][-1] < heard.times["slow"][-1]
     assert heard.times["slow"][-1] - heard.times["slow"][0] > 0.85 and len(heard.times["slow"]) == 4
-    assert heard.finish == {"slow": "length", "other": "length", "quick": "length"}
+    assert heard.finishes() == {"slow": "length", "other": "length", "quick": "length"}
 
 
 def test_an_abort_does_not_wait_for_the_mask(heard, slow) -> None:
     slow(lambda number: 0.0 if number < 3 else 1.0)
-    heard.submit("slow", max_tokens=100, grammar=FAR)
+    heard.submit(request("slow", max_tokens=100, grammar=FAR))
     heard.until(lambda: len(heard.times.get("slow", [])) == 3)
     time.sleep(0.1)
     assert "waiting for a mask" in [(heard.engine.stage, time.sleep(0.002))[0] for _ in range(20)]
     began = time.perf_counter()
     heard.engine.abort("slow")
-    heard.submit("next", max_tokens=3)
-    heard.until(lambda: len(heard.finish) == 2)
-    assert time.perf_counter() - began < 0.5 and heard.finish == {"slow": "abort", "next": "length"}
+    heard.submit(request("next", max_tokens=3))
+    heard.wait("slow", "next")
+    assert time.perf_counter() - began < 0.5 and heard.finishes() == {"slow": "abort", "next": "length"}
     assert not heard.engine.parts.scheduler.pool.used
 
 
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_shutdown_does_not_wait_for_the_mask(folder, slow, alone) -> None:
     slow(lambda number: 0.0 if number < 3 else 1.0)
-    heard = Heard(folder)
-    heard.submit("slow", max_tokens=100, grammar=FAR)
+    heard = Served(Engine.load(folder, CONFIG))
+    heard.submit(request("slow", max_tokens=100, grammar=FAR))
     if not alone:
-        heard.submit("other", max_tokens=500)
+        heard.submit(request("other", max_tokens=500))
     heard.until(lambda: len(heard.times.get("slow", [])) == 3)
     began = time.perf_counter()
     heard.engine.shutdown()
-    assert time.perf_counter() - began < 0.5 and set(heard.finish.values()) == {"abort"} and not heard.engine.failure
+    assert time.perf_counter() - began < 0.5 and set(heard.finishes().values()) == {"abort"} and not heard.engine.failure
     heard.engine = None
     gc.collect()
     time.sleep(1.2)
@@ -177,7 +156,7 @@ def test_a_mask_that_fails_ends_one_request_alone(heard, monkeypatch) -> None:
         return inner(*args)
 
     monkeypatch.setattr(beside, "_filled", filled)
-    heard.submit("slow", max_tokens=100, grammar=FAR)
-    heard.submit("other", max_tokens=20)
-    heard.until(lambda: len(heard.finish) == 2)
-    assert heard.finish == {"slow": "error", "other": "length"} and len(heard.times["slow"]) == 3
+    heard.submit(request("slow", max_tokens=100, grammar=FAR))
+    heard.submit(request("other", max_tokens=20))
+    heard.wait("slow", "other")
+    assert heard.finishes() == {"slow": "error", "other": "length"} and len(heard.times["slow"]) == 3
