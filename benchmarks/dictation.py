@@ -18,11 +18,11 @@ from model_core.dispatch.tiles import default_tiles
 from model_core.engine.clock import MOST_AHEAD
 from model_core.engine.config import EngineConfig
 from model_core.engine.engine import Engine
+from model_core.engine.flight import InFlight
 from model_core.engine.graph_runner import GraphRunner
 from model_core.engine.load import Parts, place
 from model_core.engine.plan import StepPlan
 from model_core.engine.request import Request, SamplingParams, TokenEvent, TokenLogprobs
-from model_core.engine.runner import InFlight
 from model_core.engine.scheduler import Scheduler
 from model_core.grammar.batch import MaskFiller
 from model_core.grammar.matcher import Compiled, Vocabulary

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deployments.check import read_config
+from deployments.said import condense, explain_failure, print_worker_lines
 from model_core.errors import ConfigError, MiniLLMError
 
 if TYPE_CHECKING:
@@ -39,9 +39,6 @@ GRACE_S = 1.0
 FAREWELL_S = 3.0  # until the HTTP replicas have told their clients
 SHUTDOWN_S = 4.0
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
-_FRAME = re.compile(r'^\s+File ".*", line \d+')
-# Of Ray's own processes only this is worth a person's attention while a model starts.
-_TROUBLE = re.compile(r" (WARNING|ERROR) |out of memory|OOM|running low|out of disk|infeasible|cannot be scheduled")
 
 
 class DeploymentFailed(MiniLLMError):
@@ -217,45 +214,12 @@ def _end_requests() -> None:
         call.results(timeout_s=FAREWELL_S, return_exceptions=True)
 
 
-def print_worker_lines(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
-    """Lines of one process of the cluster, as Ray hands them to its driver: ours as they are, Ray's own if they matter.
-
-    ignore_prefix: whether the name of the process is to be left out.
-    """
-    name = str(data.get("actor_name") or data.get("task_name") or data.get("pid"))
-    ours = name.startswith(("ServeReplica:", "_ensure", "build_serve_application"))
-    label = "weights" if name == "_ensure" else "build" if ours and ":" not in name else name.rpartition(":")[2]
-    for line in data["lines"]:
-        if ours or _TROUBLE.search(line):
-            print(line if ignore_prefix else f"{label} | {line}", flush=True)
-
-
 def _quietly(call: Any) -> None:
     with suppress(Exception):
         call()
 
 
 # ---- small things --------------------------------------------------------------------------------------------------
-
-
-def explain_failure(name: str, app: Any) -> str:
-    """What Serve knows about a failed application: the exceptions at the ends of its tracebacks."""
-    parts = [f"{name}: {condense(app.message)}"] if app.message else []
-    for part, deployment in app.deployments.items():
-        if deployment.message and deployment.status not in ("HEALTHY", "UPDATING"):
-            parts.append(f"{name}/{part}: {condense(deployment.message)}")
-    return "\n".join(parts) or f"{name}: {app.status}"
-
-
-def condense(message: str) -> str:
-    """The exception at the end of a traceback, with all lines of its text; a message without traceback as it is."""
-    lines = message.strip().splitlines()
-    frames = [index for index, line in enumerate(lines) if _FRAME.match(line)]
-    if frames:
-        for index in range(frames[-1] + 1, len(lines)):
-            if lines[index][:1].strip():
-                return "\n".join(lines[index:])
-    return message.strip()
 
 
 def _url(config: ServeDeploySchema) -> str:

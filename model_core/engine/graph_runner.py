@@ -22,12 +22,12 @@ from model_core.dispatch.store import Mode, digest, facts, measured_choices
 from model_core.dispatch.tiles import NEAR, StepTiles, default_tiles
 from model_core.engine.chunks import Chunks
 from model_core.engine.clock import MOST_AHEAD, Clock
+from model_core.engine.flight import Chosen, InFlight
 from model_core.engine.graphs import PREFILL_SEQS, DecodeGraphs, GraphPool, PrefillGraphs, fitting, row_buckets, token_buckets
 from model_core.engine.late import LateRow, LateRows
 from model_core.engine.memory import available_host_memory
 from model_core.engine.packed import Packed
 from model_core.engine.plan import Limits, Scheduled, Scored, StepPlan
-from model_core.engine.runner import Chosen, InFlight
 from model_core.engine.sampler import Sampler
 from model_core.engine.scores import Scorer, sent
 from model_core.engine.sequence import Sequence

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from model_core.engine.flight import InFlight, Part
 from model_core.engine.masks import RowMasks
 from model_core.engine.packed import Packed
 from model_core.engine.plan import Scheduled
 from model_core.engine.rules import SlotRules
-from model_core.engine.runner import InFlight, Part, forbidden_in, sample_every_way, sampled_together, to_host
+from model_core.engine.runner import forbidden_in, sample_every_way, sampled_together
 from model_core.engine.sampler import Sampled, Sampler
 from model_core.engine.scores import sent
 from model_core.engine.sequence import Sequence
@@ -77,7 +78,7 @@ class LateRows:
         masks = self._masks.of([entry for _, entry in special])
         for at in sampled_together(len(special), self._invariant):
             sampled = self._again(special[at], logits, None if masks is None else masks[at])
-            flight.parts.append(Part(places[[row for row, _ in special[at]]], to_host(sampled)))
+            flight.parts.append(Part.of(places[[row for row, _ in special[at]]], sampled))
         if held:
             self._under_masks(held, logits)
 

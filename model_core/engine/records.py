@@ -7,8 +7,8 @@ from collections import deque
 from typing import NamedTuple
 
 from model_core.engine.clock import Span
+from model_core.engine.flight import InFlight
 from model_core.engine.request import STEP_TOKENS
-from model_core.engine.runner import InFlight
 
 
 class StepRecord(NamedTuple):

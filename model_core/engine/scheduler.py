@@ -20,7 +20,7 @@ Policy
 Steps ahead. `schedule` may be called again before the plans before it are committed, so that the host works
 while the device does. The token that a step in flight will sample is then counted in `total` but not known;
 max_tokens is, so no step is scheduled past it. Of a sequence with a grammar one such token may be unknown, not two: it is
-known when the step that follows it is sampled, if not when that is launched (runner.InFlight.rest). A step that was
+known when the step that follows it is sampled, if not when that is launched (flight.InFlight.rest). A step that was
 scheduled past a stop is computed and its result dropped. So is one that was sampled before a mask was there: the sequence
 is not scheduled until it is (Sequence.sits_out), and computes that token again.
 """

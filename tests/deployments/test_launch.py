@@ -14,7 +14,8 @@ import yaml
 
 from benchmarks.server import ROOT, configuration
 from deployments import check
-from deployments.launch import condense, explain_failure, main, print_worker_lines
+from deployments.launch import main
+from deployments.said import condense, explain_failure, print_worker_lines
 from model_core.weights.folder import Marker, record_files, write_marker
 from model_core.weights.progress import SilentProgress
 
