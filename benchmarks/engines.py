@@ -79,16 +79,16 @@ class TimedEngine:
 
 
 @contextmanager
-def random_engine(shape: str, *, seed: int = 0, settle: bool = True, **config: object) -> Iterator[TimedEngine]:
-    """An engine over seeded random weights, closed afterwards. settle: wait until all graphs are captured."""
+def random_engine(shape: str, **config: object) -> Iterator[TimedEngine]:
+    """An engine over seeded random weights, all graphs captured, closed afterwards."""
     model = ModelConfig.from_hf(hf_config(shape))
     settings = EngineConfig(**config)  # type: ignore[arg-type]
     placed = place(model, settings)
-    parameters = random_parameters(model, dtype=placed.dtype, device=placed.device, seed=seed)
+    parameters = random_parameters(model, dtype=placed.dtype, device=placed.device)
     engine = Engine(assemble(model, parameters, settings, placed), settings, name=shape)
     timed = TimedEngine(engine)
     try:
-        while settle and engine.alive and engine.stats().graphs_to_capture:
+        while engine.alive and engine.stats().graphs_to_capture:
             time.sleep(0.01)
         yield timed
     finally:

@@ -71,9 +71,9 @@ def write_model(shape: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16
     return folder
 
 
-def random_parameters(config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> Parameters:
-    """Weights of a model's shape that never were in a file: normal with standard deviation 0.02, norms 1."""
-    generator = torch.Generator(device).manual_seed(seed)
+def random_parameters(config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> Parameters:
+    """Weights of a model's shape that never were in a file: normal with standard deviation 0.02, seed 0; norms 1."""
+    generator = torch.Generator(device).manual_seed(0)
     parameters = Parameters.empty(config, dtype=dtype, device=device)
     for tensor in parameters.tensors():
         if tensor.dim() == 1:

@@ -116,7 +116,6 @@ class Server:
 @contextlib.contextmanager
 def serving(
     args: Mapping[str, Any],
-    environment: Mapping[str, str] | None = None,
     *,
     import_path: str | None = None,
     edit: Callable[[dict[str, Any]], None] = lambda config: None,
@@ -142,7 +141,6 @@ def serving(
                 **os.environ, "TRITON_INTERPRET": "0",
                 "RAY_ADDRESS": "local", "RAY_TMPDIR": str(directory), "RAY_USAGE_STATS_ENABLED": "0",
                 "HF_ENDPOINT": f"http://127.0.0.1:{nowhere}",  # nothing listens there: no hub, on any machine
-                **(environment or {}),
             },
         )  # fmt: skip
     server = Server(process, http, log, directory, time.time())

@@ -32,10 +32,10 @@ def _stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-def microseconds(calls: Sequence[Call], *, repeats: int = 9) -> float:
+def microseconds(calls: Sequence[Call]) -> float:
     """Median time of one call, over a graph of all `calls` (give each its own data, more than the L2 holds)."""
     graph = capture(lambda: [call() for call in calls])
-    return replay_us(graph, repeats=repeats) / len(calls)
+    return replay_us(graph) / len(calls)
 
 
 def replay_us(graph: torch.cuda.CUDAGraph, *, repeats: int = 9, inner: int = 1) -> float:
@@ -69,7 +69,7 @@ class ColdCache:
         self._alone: dict[int, torch.cuda.CUDAGraph] = {}
         keep_busy(lambda: torch.sum(self._other))
 
-    def microseconds(self, calls: Sequence[Call], *, before: Sequence[Call] = (), rounds: int = 1, repeats: int = 9) -> float:
+    def microseconds(self, calls: Sequence[Call], *, before: Sequence[Call] = (), rounds: int = 1) -> float:
         """Of one call. before: what runs in both graphs ahead of `calls`, e.g. because it writes what they find in the cache.
         rounds: how many times a graph does all of it, for few short calls."""
         timed = capture(lambda: self._rounds(rounds, (*before, *calls)))
@@ -79,7 +79,7 @@ class ColdCache:
                 self._alone[rounds] = rest
         else:
             rest = self._alone[rounds]
-        whole, less = replay_us(timed, repeats=repeats), replay_us(rest, repeats=repeats)
+        whole, less = replay_us(timed), replay_us(rest)
         return max(0.01, whole - less) / (rounds * len(calls))
 
     def _rounds(self, rounds: int, calls: Sequence[Call]) -> list[object]:

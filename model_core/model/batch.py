@@ -47,10 +47,6 @@ class Batch:
         return self.context_len.shape[0]
 
     @property
-    def max_query_len(self) -> int:
-        return max(self.query_lens)
-
-    @property
     def max_context_len(self) -> int:
         return max(self.context_lens)
 

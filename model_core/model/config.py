@@ -78,11 +78,6 @@ class ModelConfig:
         return self.num_kv_heads * self.head_dim
 
     @property
-    def group_size(self) -> int:
-        """Query heads that share one key/value head."""
-        return self.num_heads // self.num_kv_heads
-
-    @property
     def num_parameters(self) -> int:
         """Parameters held in memory; a tied head is counted once."""
         layer = (self.q_size + 2 * self.kv_size) * self.hidden_size + self.hidden_size * self.q_size

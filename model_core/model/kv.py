@@ -40,11 +40,6 @@ class KVCache:
     def nbytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self.k, *self.v))
 
-    @staticmethod
-    def bytes_per_page(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
-        """Bytes that one page occupies over all layers."""
-        return config.kv_bytes_per_token(dtype.itemsize) * page_size
-
     def poison(self, value: float) -> None:
         """Fill every slot (tests: nothing but what was written may be read)."""
         for tensor in (*self.k, *self.v):

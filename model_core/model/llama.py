@@ -80,9 +80,9 @@ class Llama:
                      gate_up=self._linear(layer.gate_up), down=self._linear(layer.down))
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, kv: KVCache, ops: Ops | None = None, proceed: Callable[[], object] = int) -> torch.Tensor:
+    def forward(self, batch: Batch, kv: KVCache) -> torch.Tensor:
         """Logits float32 [R, vocab] of rows `batch.logit_rows`; see `hidden_states`."""
-        return self.logits(self.hidden_states(batch, kv, ops, proceed))
+        return self.logits(self.hidden_states(batch, kv))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits float32 [R, vocab] of final hidden states [R, hidden]."""

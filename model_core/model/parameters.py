@@ -72,16 +72,3 @@ class Parameters:
     def nbytes(self) -> int:
         """Bytes of all weights in memory."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
-
-    def fill_random(self, seed: int = 0, scale: float = 0.02) -> Parameters:
-        """Seeded Gaussian weights (norm weights near one): shapes without a checkpoint, for benchmarks and tests."""
-        device = self.embed.device
-        generator = torch.Generator(device=device).manual_seed(seed)
-        for tensor in self.tensors():
-            tensor.normal_(0.0, scale, generator=generator)
-        for layer in self.layers:
-            for norm in (layer.attn_norm, layer.mlp_norm, layer.q_norm, layer.k_norm):
-                if norm is not None:
-                    norm.add_(1.0)
-        self.final_norm.add_(1.0)
-        return self

@@ -131,8 +131,8 @@ class World:
             await until(lambda made=made: not getattr(made, "_streams", None) and not getattr(made, "_tasks", None))
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    end = asyncio.get_running_loop().time() + seconds
+async def until(condition: Callable[[], bool]) -> None:
+    end = asyncio.get_running_loop().time() + 5.0
     while not condition():
         assert asyncio.get_running_loop().time() < end, "waited in vain"
         await asyncio.sleep(0.001)

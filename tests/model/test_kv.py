@@ -15,7 +15,7 @@ def test_shapes_and_bytes():
     for index in range(3):
         k, v = kv.layer(index)
         assert k.shape == v.shape == (10, 16, 2, 8) and k.is_contiguous() and not k.any() and not v.any()
-    assert kv.nbytes == 10 * KVCache.bytes_per_page(_CONFIG, 16, torch.bfloat16) == 10 * 16 * 2 * 3 * 16 * 2
+    assert kv.nbytes == 10 * 16 * _CONFIG.kv_bytes_per_token(2) == 10 * 16 * 2 * 3 * 16 * 2
 
 
 def test_cuda_pages_are_head_major(monkeypatch):

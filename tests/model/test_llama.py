@@ -158,12 +158,12 @@ def test_invariant_rows_do_not_depend_on_batch_mates(open_session, family, dtype
 
 def test_layers_are_taken_over(open_session, checkpoint_dirs):
     """A second model from the same Parameters is refused: the first took the layers, to free what it repacked."""
+    from benchmarks.random_model import random_parameters
     from model_core.dispatch.ops import Ops
     from model_core.model.llama import Llama
-    from model_core.model.parameters import Parameters
 
     config = open_session("llama2").model.config
-    parameters = Parameters.empty(config, dtype=torch.float32, device="cpu").fill_random()
+    parameters = random_parameters(config, dtype=torch.float32, device="cpu")
     unpacked = parameters.nbytes
     model = Llama(config, parameters, Ops("cpu"), 16)
     assert not parameters.layers and model.nbytes >= unpacked

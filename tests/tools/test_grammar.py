@@ -45,10 +45,10 @@ def walk(family, control, spec, *, either=False, begin=""):
             yield text, joined([*parser.feed(text.decode("utf-8", "replace")), *parser.finish()])
 
 
-def check_calls(blocks, functions=SCHEMAS):
+def check_calls(blocks):
     for call in blocks:
         assert call.is_whole
-        Draft202012Validator(functions[call.name]).validate(json.loads(call.arguments))
+        Draft202012Validator(SCHEMAS[call.name]).validate(json.loads(call.arguments))
 
 
 @pytest.mark.parametrize(("family", "control"), ALL, ids=lambda one: getattr(one, "name", ""))

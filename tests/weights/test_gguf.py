@@ -188,8 +188,8 @@ def encoded(value: object) -> bytes:
 # --- hostile and damaged files
 
 
-def header(tensors: int = 0, pairs: int = 0, body: bytes = b"", version: int = 3, magic: bytes = b"GGUF") -> bytes:
-    return struct.pack("<4sIQQ", magic, version, tensors, pairs) + body
+def header(tensors: int = 0, pairs: int = 0, body: bytes = b"", version: int = 3) -> bytes:
+    return struct.pack("<4sIQQ", b"GGUF", version, tensors, pairs) + body
 
 
 def entry(name: str, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
