@@ -101,9 +101,7 @@ class Engine:
             raise EngineDead(f"the engine is not running: {self.failure or self.stage}")
         request = self._seeded(request)
         grammar = self.prepare(request)
-        if self.parts.scheduler.get(request.request_id) is not None:
-            raise RequestError(f"request_id {request.request_id!r} is in use by a live request: ids must be unique",
-                               param="request_id", code="duplicate_request_id")
+        self.parts.scheduler.check_id(request.request_id)
         if not self._inbox.submit(request, grammar):
             raise EngineDead(f"the engine is not running: {self.failure or self.stage}")
 

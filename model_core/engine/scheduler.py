@@ -107,9 +107,7 @@ class Scheduler:
 
     def add(self, request: Request, grammar: Compiled | None = None) -> Sequence:
         """Queue a request. Raises RequestError, with the numbers, if it could never finish or its id is in use."""
-        if request.request_id in self._live:
-            raise RequestError(f"request_id {request.request_id!r} is in use by a live request: ids must be unique",
-                               param="request_id", code="duplicate_request_id")
+        self.check_id(request.request_id)
         check_request(request, self.limits, self.pool)
         seq = Sequence.of(request, self._arrivals, self._eos_ids, grammar)
         self.constrained += seq.matcher is not None
@@ -117,6 +115,12 @@ class Scheduler:
         self._live[request.request_id] = seq
         self._line.push(seq)
         return seq
+
+    def check_id(self, request_id: str) -> None:
+        """Raises RequestError if a live request has this id. Any thread may ask."""
+        if request_id in self._live:
+            raise RequestError(f"request_id {request_id!r} is in use by a live request: ids must be unique", param="request_id",
+                               code="duplicate_request_id")  # fmt: skip
 
     def abort(self, request_id: str) -> bool:
         """End a request without its result; False if it is not live. Pages: see `finish`."""

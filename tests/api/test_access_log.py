@@ -11,6 +11,7 @@ import pytest
 
 from deployments.protocol.access import Access, ApiKey
 from model_core.errors import EngineDead
+from tests.waiting import wait_until
 
 MESSAGES = [{"role": "user", "content": "my secret"}]
 KEY = {"authorization": "Bearer sk-a"}
@@ -36,10 +37,7 @@ class Lines:
         return [line for record in records if (line := json.loads(record.getMessage()))["id"] == request_id]
 
     def wait_for(self, request_id: str) -> dict:
-        end = time.monotonic() + 5
-        while not self.of(request_id):
-            assert time.monotonic() < end, f"no line of {request_id}"
-            time.sleep(0.005)
+        wait_until(lambda: self.of(request_id))
         time.sleep(0.05)  # a second one would come now
         [line] = self.of(request_id)
         return line

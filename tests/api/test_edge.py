@@ -14,6 +14,7 @@ from deployments.api.job import Job
 from deployments.protocol import body as body_module
 from deployments.transport.base import NotReady, Overloaded, ReplicaLost
 from model_core.errors import EngineDead
+from tests.waiting import wait_until
 
 CHAT = "/v1/chat/completions"
 BODY = {"messages": [{"role": "user", "content": "hi"}]}
@@ -102,13 +103,13 @@ def log_lines(caplog):
     """Waits for the access records of so many requests: a line comes just after its answer."""
     caplog.set_level(logging.DEBUG, "mini_llm.access")
 
+    def found():
+        return [json.loads(record.getMessage()) for record in caplog.records if record.name == "mini_llm.access"]
+
     def lines(count):
-        end = time.monotonic() + 5
-        while len(found := [r.getMessage() for r in caplog.records if r.name == "mini_llm.access"]) < count:
-            assert time.monotonic() < end
-            time.sleep(0.002)
-        assert len(found) == count
-        return [json.loads(line) for line in found]
+        wait_until(lambda: len(found()) >= count)
+        assert len(found()) == count
+        return found()
 
     return lines
 

@@ -77,11 +77,13 @@ class Served:
     def close(self) -> EngineStats:
         """Whatever happened: nothing followed a last event, and where all have ended all pages are available."""
         if self.engine.alive and len(self.finishes()) == len(self.events):
-            wait_until(self._at_rest)  # a step beyond the last end may be in flight
+            wait_until(lambda: at_rest(self.engine))  # a step beyond the last end may be in flight
         self.engine.shutdown()
         assert not self._late
         return self.engine.stats()
 
-    def _at_rest(self) -> bool:
-        stats = self.engine.stats()
-        return (stats.pages_free + stats.pages_cached, stats.running, stats.waiting) == (stats.pages_total, 0, 0)
+
+def at_rest(engine: Engine) -> bool:
+    """Nobody runs or waits, and all pages are available."""
+    stats = engine.stats()
+    return (stats.pages_free + stats.pages_cached, stats.running, stats.waiting) == (stats.pages_total, 0, 0)

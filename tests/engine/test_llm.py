@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import threading
-import time
 import weakref
 from itertools import islice
 
@@ -18,6 +17,8 @@ from model_core.engine.llm import LLM, Chunk
 from model_core.engine.naive import naive_stream, naive_tokens
 from model_core.engine.request import SamplingParams
 from model_core.errors import EngineDead, RequestError
+from tests.engine.served import at_rest
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,10 +47,7 @@ def llm(shared):
 
 
 def idle(llm: LLM) -> None:
-    deadline = time.monotonic() + 20
-    while (stats := llm.engine.stats()).running or stats.waiting or stats.pages_free + stats.pages_cached < stats.pages_total:
-        assert time.monotonic() < deadline, stats
-        time.sleep(0.002)
+    wait_until(lambda: at_rest(llm.engine), 20)
     assert not llm._queues
 
 
