@@ -16,7 +16,16 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from deployments.error_page import page
 from deployments.protocol.anthropic_events import error_body
-from deployments.protocol.errors import ApiError, bad_request, internal_error, replica_lost, timed_out, unavailable, unknown_url
+from deployments.protocol.errors import (
+    GOOD_ID,
+    ApiError,
+    bad_request,
+    internal_error,
+    replica_lost,
+    timed_out,
+    unavailable,
+    unknown_url,
+)
 
 _SERVES_TIMEOUT, _OUR_TIMEOUT = b"x-request-timeout-seconds", b"x-request-timeout"
 
@@ -44,6 +53,7 @@ class Front:
         if scope["type"] != "http" or path.startswith("/-/"):  # Serve's own probes
             await self._app(scope, receive, send)
             return
+        _tidy(scope)
         _take_deadline(scope)
         held: Message | None = None
         started = False
@@ -68,6 +78,24 @@ class Front:
             # Serve has put its request id among the request's headers
             request_id = [pair for pair in scope["headers"] if pair[0] == b"x-request-id"]
             await _send(replica_lost(started=False), path, request_id, send)
+
+
+def _tidy(scope: Scope) -> None:
+    """Serve sends back whatever request id it is given, reads it and others as UTF-8, and fails where they are none: what it
+    cannot read goes, and so does an id that is not a good one. Serve makes another."""
+    scope["headers"] = [
+        (name, value)
+        for name, value in scope["headers"]
+        if (GOOD_ID.fullmatch(value) if name == b"x-request-id" else value.isascii() or _is_utf8(value))
+    ]
+
+
+def _is_utf8(value: bytes) -> bool:
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _take_deadline(scope: Scope) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import uuid
 
 from starlette.exceptions import HTTPException
@@ -17,12 +16,11 @@ from deployments.api.record import Record
 from deployments.api.tracing import Tracer
 from deployments.protocol.anthropic_events import error_body
 from deployments.protocol.body import ClientGone
-from deployments.protocol.errors import ApiError, internal_error, unknown_url
+from deployments.protocol.errors import GOOD_ID, ApiError, internal_error, unknown_url
 
 log = logging.getLogger("mini_llm.api")
 
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
-_GOOD_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class Edge:
@@ -45,7 +43,7 @@ class Edge:
             await self._app(scope, receive, send)
             return
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-        request_id = given if _GOOD_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        request_id = given if GOOD_ID.fullmatch(given) else uuid.uuid4().hex.encode()
         path = scope["path"].removeprefix(scope.get("root_path", ""))  # of an application with a route_prefix
         # unknown paths share one label: a scanner must not create a time series per guess
         route = path if path in self._routes else "/v1/models/{id}" if path.startswith(("/v1/models/", "/models/")) else "other"
@@ -78,8 +76,8 @@ class Edge:
             del scope["mini_llm.send"]  # it leads back to the scope: else 60 objects a request wait for the garbage collector
             method = record.method if record.method in _METHODS else "other"
             self._metrics.count_http(method, route, record.status, record.seconds())
-            if record.status in (429, 503):
-                self._metrics.rejected[record.error or "other"] += 1
+            if record.status in (429, 503) and record.error is not None:  # not what /ready says
+                self._metrics.rejected[record.error] += 1
             record.write()
             if self._tracer is not None:
                 self._tracer.write(record, scope)

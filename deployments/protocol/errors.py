@@ -6,7 +6,11 @@ what its official client retries (408, 409, 429 and 5xx, unless `x-should-retry`
 
 from __future__ import annotations
 
+import re
+
 import orjson
+
+GOOD_ID = re.compile(rb"[\x21-\x7e]{1,128}")  # an x-request-id that is sent back, and stands in logs and errors
 
 
 class ApiError(Exception):

@@ -425,6 +425,18 @@ def test_the_access_log_has_one_line_and_no_text(server, caplog):
     assert "secret" not in caplog.text and "Hello" not in caplog.text
 
 
+def test_a_probe_that_is_told_to_wait_is_no_refused_request(fresh_server):
+    server = fresh_server()
+    server.gate.drain()
+
+    def refused():
+        found = samples(server.raw("GET", "/metrics")[2].decode())
+        return [value for name, value in found.items() if name[0] == "vllm:admission_rejections_total"]
+
+    assert server.raw("GET", "/ready")[0] == 503 and refused() == []
+    assert server.chat()[0] == 503 and refused() == [1]
+
+
 def test_metrics_of_several_replicas_are_summed():
     a, b = Metrics(), Metrics()
     for metrics, count in ((a, 1), (b, 2)):

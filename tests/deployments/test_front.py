@@ -113,6 +113,15 @@ def test_serves_deadline_becomes_our_own(given, kept):
     assert {name.decode(): value.decode() for name, value in scope["headers"]} == kept
 
 
+@pytest.mark.parametrize(("given", "kept"), [
+    ([b"mine-1"], [b"mine-1"]), ([b"a b"], []), ([b""], []), ([b"x" * 129], []), ([b"\xe9"], []), ([b"\xff", b"b"], [b"b"]),
+])  # fmt: skip
+def test_serve_gets_good_request_ids_only_and_nothing_that_is_not_utf8(given, kept):
+    headers = [(b"x-session-id", b"\xe9\xff"), (b"x-name", "é".encode()), *((b"x-request-id", value) for value in given)]
+    _, scope = call(serve_says(200, JSON, b"{}"), headers=headers)
+    assert scope["headers"] == [(b"x-name", "é".encode()), *((b"x-request-id", value) for value in kept)]
+
+
 def test_a_websocket_is_refused_in_words():
     (start, body), _ = call(silent, kind="websocket")
     assert (start["type"], start["status"]) == ("websocket.http.response.start", 400)
