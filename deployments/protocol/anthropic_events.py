@@ -13,7 +13,7 @@ from deployments.tools.pieces import Block, CallBegun, CallEnded
 
 _ERROR_TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
-    429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
+    408: "timeout_error", 429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
 }  # fmt: skip
 
 
@@ -115,8 +115,10 @@ def _event(kind: str, content: dict[str, Any]) -> bytes:
 
 
 def _error(error: ApiError) -> dict[str, Any]:
+    """It has no `param`: the message says where, if it does not already."""
+    message = error.message if error.param is None or error.param in error.message else f"{error.param}: {error.message}"
     default = "api_error" if error.status >= 500 else "invalid_request_error"
-    return {"type": "error", "error": {"type": _ERROR_TYPES.get(error.status, default), "message": error.message}}
+    return {"type": "error", "error": {"type": _ERROR_TYPES.get(error.status, default), "message": message}}
 
 
 def _stop(finish: str | None, stop: str | int | None) -> dict[str, Any]:

@@ -104,9 +104,9 @@ def test_tokens_are_counted_as_they_would_be_used(server):
     ({"max_tokens": 0}, "'max_tokens'"),
     ({"model": None}, "'model'"),
     ({"messages": []}, "empty array"),
-    ({"messages": [{"role": "system", "content": "a"}]}, "'user' or 'assistant'"),
+    ({"messages": [{"role": "system", "content": "a"}]}, "messages[0].role: "),
     ({"messages": [{"role": "user", "content": 3}]}, "'messages[0].content'"),
-    ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "type text or tool_result"),
+    ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages[0].content[0]: Unsupp"),
     ({"system": [{"type": "image", "source": {}}]}, "type text here"),
     ({"messages": [{"role": "user", "content": "y" * 300}]}, "maximum context length"),
     ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}, "cannot be continued"),
@@ -115,7 +115,7 @@ def test_tokens_are_counted_as_they_would_be_used(server):
     ({"stop_sequences": ["a", "b", "c", "d", "e"]}, "'stop_sequences'"),
     ({"stop_sequences": [""]}, "'stop_sequences'"),
     ({"tools": [{"name": "f"}]}, "'tools[0].input_schema'"),
-    ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "'bash_20250124'"),
+    ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type: Invalid value: 'bash_20250124'"),
     ({"tool_choice": {"type": "any"}}, "only allowed when 'tools'"),
     ({"tools": TOOLS, "tool_choice": {"type": "tool"}}, "'tool_choice.name'"),
     ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "g"}}, "no function 'g'"),
@@ -145,6 +145,9 @@ def test_errors_of_every_layer_have_anthropics_envelope(server, fresh_server):
     server.limits.queue_timeout_s, server.fake.first_delay = 0.05, 5.0
     status, _, answer = post(server)
     assert status == 503 and answer["error"]["type"] == "overloaded_error"
+    server.limits.request_timeout_s = 0.02
+    status, _, answer = post(server)
+    assert status == 408 and answer["error"]["type"] == "timeout_error"
     locked = fresh_server(access=Access(keys=[ApiKey(name="me", key="sesame")]))
     status, _, answer = post(locked)
     assert status == 401 and answer["error"]["type"] == "authentication_error"

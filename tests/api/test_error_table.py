@@ -33,7 +33,7 @@ POSTS = {
 }
 ANTHROPIC = {
     400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error",
-    408: "invalid_request_error", 413: "request_too_large", 415: "invalid_request_error", 429: "rate_limit_error",
+    408: "timeout_error", 413: "request_too_large", 415: "invalid_request_error", 429: "rate_limit_error",
     500: "api_error", 503: "overloaded_error", 504: "timeout_error",
 }  # fmt: skip
 INVALID, DOWN, TIMEOUT = "invalid_request_error", "service_unavailable", "timeout"
