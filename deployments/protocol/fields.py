@@ -86,7 +86,6 @@ FIELDS: tuple[Field, ...] = (
     *_served("instructions max_output_tokens", RESPONSES),
     *_served("metadata", RESPONSES, "comes back in the answer"),
     *_served("reasoning", RESPONSES, "its effort is given to the model's chat template, which may use it"),
-    *_served("store", RESPONSES, "only false: answers are not stored"),
     *_served("response_format", note="text, json_object or json_schema, strict or not: every keyword is held, or refused; "
              "beside tools it holds for answers without calls"),
     *_served("structured_outputs", ALL, "vLLM's: one of json, json_object, regex, choice and grammar (not beside tools)"),
@@ -97,6 +96,7 @@ FIELDS: tuple[Field, ...] = (
     *_ignored("user safety_identifier service_tier", BOTH + RESPONSES, "for the provider's books"),
     *_ignored("metadata", BOTH + MESSAGES, "for the provider's books"),
     *_ignored("store", BOTH, "for the provider's books"),
+    *_ignored("store", RESPONSES, "nothing is stored here, and answers say so"),
     *_ignored("service_tier inference_geo", MESSAGES, "for the provider's books"),
     *_ignored("speed", MESSAGES, "a hint"),
     *_ignored("diagnostics", MESSAGES, "about cached prefixes of earlier answers, which are not stored here"),

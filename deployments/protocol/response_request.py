@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictStr, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from deployments.protocol.errors import bad_request, unsupported
+from deployments.protocol.errors import bad_request
 from deployments.protocol.limits import Limits
 from deployments.protocol.requests import ChatRequest, FunctionCall, Message, SamplingRequest, ToolCall, parse_fields
 from deployments.protocol.structured import TextOptions, one_grammar
@@ -81,7 +81,6 @@ class ResponseRequest(SamplingRequest):
     max_output_tokens: Annotated[Int, Field(ge=1)] | None = None
     metadata: Annotated[dict[StrictStr, StrictStr], Field(max_length=16)] = {}
     reasoning: Reasoning | None = None
-    store: StrictBool = False
     text: TextOptions | None = None
     tools: Annotated[list[FlatTool], Field(max_length=MAX_TOOLS)] = []
     tool_choice: FlatChoice = ToolChoice("auto")
@@ -92,8 +91,6 @@ class ResponseRequest(SamplingRequest):
 def parse_response(body: dict[str, Any], limits: Limits) -> tuple[ResponseRequest, ChatRequest, list[str]]:
     """The validated request, the same as a chat request, and the names of unknown fields. Raises ApiError 400."""
     request, unknown = parse_fields(ResponseRequest, "responses", body)
-    if request.store:
-        raise unsupported("store", "Answers are not stored here: send 'store': false, or leave it out.")
     messages = [Message(role="system", content=request.instructions)] if request.instructions else []
     messages += _messages(request.input)
     shared = {name: getattr(request, name) for name in SamplingRequest.model_fields}

@@ -24,7 +24,7 @@ def test_through_the_client(server):
     server.fake.cached = 3
     client = server.client(_strict_response_validation=True)
     answer = client.responses.create(model="acme/tiny", input="hi", instructions="Be kind.", max_output_tokens=40,
-                                     temperature=0.5, metadata={"a": "b"}, store=False)  # fmt: skip
+                                     temperature=0.5, metadata={"a": "b"}, store=True)  # fmt: skip
     assert answer.output_text == "Hello world!" and answer.status == "completed" and answer.error is None
     assert answer.id.startswith("resp_") and answer.output[0].id.startswith("msg_") and answer.store is False
     assert answer.metadata == {"a": "b"} and answer.instructions == "Be kind." and answer.max_output_tokens == 40
@@ -122,7 +122,6 @@ def test_extras_reach_the_engine(server):
     ({"temperature": 3}, "decimal_above_max_value", "temperature"),
     ({"metadata": {"a": 1}}, "invalid_type", "metadata.a"),
     ({"reasoning": {"effort": "most"}}, "invalid_value", "reasoning.effort"),
-    ({"store": True}, "unsupported_parameter", "store"),
     ({"previous_response_id": "resp_1"}, "unsupported_parameter", "previous_response_id"),
     ({"conversation": "conv_1"}, "unsupported_parameter", "conversation"),
     ({"background": True}, "unsupported_parameter", "background"),
