@@ -66,7 +66,7 @@ class Tracer:
             attributes=_attributes(record, operation, scope.get("mini_llm.job")),
             start_time=end - int(record.seconds() * 1e9),
         )
-        if record.status >= 500:
+        if record.status >= 500 or (record.status == 200 and record.error is not None):  # a stream that ended with an error
             span.set_status(self._error)
         span.end(end)
 

@@ -78,11 +78,14 @@ def test_spans_of_failures_and_none_of_other_routes(traced):
     server.raw("GET", "/v1/models")
     server.fake.failure = Dead("x")
     server.raw("POST", "/v1/completions", {"prompt": "secret"}, {"content-type": "application/json", "traceparent": "junk"})
-    bad, dead = finished()
+    server.fake.failure, server.fake.fail_after = Dead("x"), 1
+    server.raw("POST", "/v1/completions", {"prompt": "secret", "stream": True})
+    bad, dead, cut = finished()
     assert (bad.name, bad.status.status_code, bad.parent) == ("chat", StatusCode.UNSET, None)
     assert bad.attributes["error.type"] == "integer_below_min_value" and bad.attributes["http.response.status_code"] == 400
     assert (dead.name, dead.status.status_code) == ("text_completion acme/tiny", StatusCode.ERROR)
     assert dead.attributes["error.type"] == "replica_lost" and dead.attributes["gen_ai.response.finish_reasons"] == ("error",)
+    assert (cut.status.status_code, cut.attributes["http.response.status_code"]) == (StatusCode.ERROR, 200)
 
 
 def test_the_option_needs_the_exporter_and_says_so(monkeypatch):
