@@ -271,7 +271,8 @@ def _check_weights(args: AppArgs) -> tuple[Finding, Path | None]:
 
 
 def _check_engine(path: Path, args: AppArgs, placement: Placement) -> Iterator[Finding]:
-    """Opens the checkpoint (headers only) and its tokenizer, and does the sums of the memory ledger."""
+    """Opens the checkpoint (headers only) and its tokenizer, does the sums of the memory ledger, and reads `kernels`."""
+    from model_core.dispatch.ops import Ops
     from model_core.engine import load
     from model_core.engine.memory import GIB
     from model_core.tokenizer import load_tokenizer
@@ -285,6 +286,7 @@ def _check_engine(path: Path, args: AppArgs, placement: Placement) -> Iterator[F
         text = f"{model.family}, {model.num_parameters / 1e6:.0f}M parameters, {vocab_size} tokens"
         yield Finding("model", "ok", text)
         placed = load.place(model, args.engine.config(placement.device))
+        Ops(placed.device, overrides=args.engine.kernels, invariant=args.engine.deterministic)
     except (MiniLLMError, OSError) as error:
         yield Finding("model", "error", str(error))
         return

@@ -227,7 +227,8 @@ def explain(error: ValidationError) -> str:
         where = ".".join(map(str, item["loc"]))
         text = item["msg"].removeprefix("Value error, ")
         given = item["input"]
-        shown = f", got {given!r}" if where and not isinstance(given, Mapping | list) else ""
+        is_secret = where.startswith("access.keys.") or where == "access.keys"  # whatever stands there may be a key
+        shown = f", got {given!r}" if where and not is_secret and not isinstance(given, Mapping | list) else ""
         lines.append(f"{where}: {text}{shown}" if where else text)
     return "\n".join(dict.fromkeys(lines))
 

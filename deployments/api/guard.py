@@ -99,6 +99,7 @@ class Cors(CORSMiddleware):
         response = super().preflight_response(request_headers)
         if response.status_code < 400:
             return response
-        error = bad_request(f"CORS: {bytes(response.body).decode()}. See access.cors_origins.", code="cors_refused")
+        words = f"{bytes(response.body).decode()}. Methods are GET and POST, origins those of access.cors_origins."
+        error = bad_request(f"CORS: {words}", code="cors_refused")
         kept = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
         return Response(error.body(), error.status, kept, "application/json")

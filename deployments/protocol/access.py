@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from model_core.errors import ConfigError
 
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s]+")  # as browsers send it
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -71,6 +72,14 @@ class Access(BaseModel):
     cors_origins: list[str] = Field(
         default_factory=list, description="Origins whose web pages may call the API, or ['*']; none: browsers refuse it."
     )
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, values: list[str]) -> list[str]:
+        for value in values:
+            if not _ORIGIN.fullmatch(value):
+                raise ValueError(f"{value!r} is no origin: write '*', or scheme, host and port as in 'https://a.example:8443'")
+        return values
 
     @property
     def needs_key(self) -> bool:

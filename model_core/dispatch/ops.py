@@ -47,7 +47,7 @@ class Ops:
     def _table(self, op: str, key: str, wanted: str) -> Table:
         problem = runtime.why_unusable(self.device)
         if wanted == "triton" and problem:
-            raise ConfigError(f"dispatch override {key}: triton cannot run here ({problem}); use torch or auto")
+            raise ConfigError(f"kernels.{key}: triton cannot run here ({problem}); use torch or auto")
         if self.invariant and self.device.type != "cpu":
             # torch divides reductions by the number of rows, and two implementations never round alike
             problem = problem or _too_old(self.device)
@@ -140,4 +140,4 @@ def _check_name(what: str, name: str, known: tuple[str, ...]) -> None:
     if name not in known:
         near = difflib.get_close_matches(str(name), known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"dispatch override: unknown {what} {name!r}{hint} (one of: {', '.join(known)})")
+        raise ConfigError(f"kernels: unknown {what} {name!r}{hint} (one of: {', '.join(known)})")

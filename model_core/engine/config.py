@@ -69,7 +69,11 @@ class EngineConfig:
             raise ConfigError(f"page_size must be a power of two from 8 to 256, got {self.page_size}")
         if not 0.05 <= self.gpu_memory_fraction <= 0.99:
             raise ConfigError(f"gpu_memory_fraction must be from 0.05 to 0.99, got {self.gpu_memory_fraction}")
+        # a prompt and its answer have a token each; torch crashes at a number of threads that the system does not give it
+        least, most = {"context_length": 2}, {"threads": 1024}
         for name in ("kv_cache_bytes", "max_seqs", "max_batch_tokens", "context_length", "threads"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
+            if value is not None and value < least.get(name, 1):
+                raise ConfigError(f"{name} must be at least {least.get(name, 1)}, got {value}")
+            if value is not None and value > most.get(name, value):
+                raise ConfigError(f"{name} must be at most {most[name]}, got {value}")

@@ -162,6 +162,12 @@ def test_memory_that_does_not_suffice_is_found_before_anything_starts(write, off
     assert found["memory"][0] == "error" and "lower replicas" in found["memory"][1]
 
 
+@pytest.mark.parametrize("kernels", [{"rmsnrm": "torch"}, {"rmsnorm": "tritn"}])
+def test_kernels_that_do_not_exist_are_found_before_anything_starts(write, offline, smollm2_dir, kernels):
+    state, text = findings(write(model=str(smollm2_dir), engine={"device": "cpu", "kernels": kernels}))["model"]
+    assert state == "error" and "kernels: unknown" in text and "did you mean" in text
+
+
 def test_a_failed_check_ends_the_launcher_before_ray_starts(write, offline, capfd):
     path = write(lambda config, application: application["args"].update(modle="a"))
     assert main([str(path)]) == 1

@@ -58,12 +58,27 @@ def test_the_shipped_configuration_says_what_it_means():
         ({"replicas": True}, "replicas: must be auto"),
         ({"stall_timeout_s": 0}, "stall_timeout_s: Input should be greater than 0, got 0"),
         ({"model": ""}, "model: String should have at least 1 character"),
+        ({"engine": {"context_length": 1}}, "context_length must be at least 2, got 1"),
+        ({"engine": {"threads": 100_000}}, "threads must be at most 1024, got 100000"),
+        ({"access": {"cors_origins": ["https://a.example", "b.example"]}}, "access.cors_origins: 'b.example' is no origin: "),
+        ({"access": {"cors_origins": ["https://a.example/"]}}, "'https://a.example/' is no origin: write '*', or scheme"),
     ],
 )
 def test_mistakes_name_the_key_and_the_remedy(values, message):
     with pytest.raises(ConfigError) as error:
         parse_args(values, AppArgs)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("keys", [
+    "sk-secret", ["sk-secret"], [{"name": "a", "key": 123456}], [{"name": "a", "key": ["sk-secret"]}],
+    [{"name": "a", "sha256": "sk-secret"}],
+])  # fmt: skip
+def test_mistakes_about_keys_do_not_show_them(keys):
+    with pytest.raises(ConfigError) as error:
+        parse_args({"access": {"keys": keys}}, AppArgs)
+    text = str(error.value)
+    assert text.startswith("access.keys") and "secret" not in text and "123456" not in text
 
 
 def test_every_mistake_is_reported_at_once():
