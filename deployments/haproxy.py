@@ -4,7 +4,7 @@ Serve writes HAProxy's configuration, with bare text and a 404 for every path as
 long as its weights. And HAProxy answers what it cannot parse with a page of HTML that is compiled into it: the HTTP/1 part of
 2.8 takes no `errorfile` for it (h1_send_error), `option accept-invalid-http-request` lets only a few cases pass, and a frontend
 in TCP mode sees the first head of a connection only, and has no place for Serve's metrics (measured). So Serve's controller
-names `mini-llm-haproxy` as the HAProxy to start (`install`). That changes the rule in the file, which Serve writes anew before
+names `mini-llm-haproxy` as the HAProxy to start (`install`). That changes the file, which Serve writes anew before
 every start and reload, and becomes a HAProxy with other texts in the place of those pages: a copy in memory, 10 ms of a start
 and nothing of a request. It ends with whoever started it, which HAProxy alone does not.
 """
@@ -28,6 +28,8 @@ log = logging.getLogger("mini_llm.app")
 
 _PATH = "RAY_SERVE_HAPROXY_BINARY_PATH"
 _RULE = re.compile(r'^( *http-request return status) 404 content-type text/plain lf-string "Path .*"$', re.MULTILINE)
+_WAITS = re.compile(r"^( *)timeout client .*$", re.MULTILINE)
+_HEAD_S = 60  # for a request's head; Serve has no setting for it, and HAProxy would wait for as long as for a stream's reader
 _PAGE = re.compile(rb"HTTP/1\.1 (\d\d\d) [^\0]*</html>\n\0")
 _NOISE = "invalid_http"
 _PR_SET_PDEATHSIG = 1  # prctl(2); it stays with a process that becomes another program
@@ -93,11 +95,14 @@ def _end_with_parent() -> None:
 
 
 def with_answer(configuration: str, body: Path) -> str:
-    """Serve's configuration of HAProxy, with our answer for what no application has; its body is written to this file."""
+    """Serve's configuration of HAProxy, with a deadline for heads, and our answer for what no application has; its body is
+    written to this file."""
     deployed = "\n    use_backend " in configuration
     error = unknown_url("Nothing is served there. GET / lists what is.") if deployed else loading()
     body.write_bytes(error.body())
     more = "".join(f" hdr {name} {value}" for name, value in error.headers.items())
+    if "timeout http-request" not in configuration:
+        configuration = _WAITS.sub(rf"\g<0>\n\1timeout http-request {_HEAD_S}s", configuration, count=1)
     return _RULE.sub(rf"\1 {error.status} content-type application/json file {body}{more}", configuration)
 
 

@@ -42,11 +42,11 @@ def answers(port: int) -> bool:
 
 
 @contextmanager
-def started(folder: Path, code: str) -> Iterator[tuple[int, subprocess.Popen[str]]]:
+def started(folder: Path, code: str, times: str = TIMES) -> Iterator[tuple[int, subprocess.Popen[str]]]:
     """HAProxy by way of ours, as Serve starts it: its port and its process."""
     (port,) = free_ports(1)
     path = folder / "haproxy.cfg"
-    path.write_text(serves(deployed=True, port=port))
+    path.write_text(serves(deployed=True, port=port).replace(TIMES, times))
     environment = {**os.environ, VARIABLE: "ours"}  # as it is under Serve
     argv = [sys.executable, "-c", code, "-db", "-f", path]
     process = subprocess.Popen(argv, env=environment, stderr=subprocess.PIPE, text=True)
@@ -63,7 +63,8 @@ def test_what_no_application_has_is_told_in_the_envelope(tmp_path, deployed):
     found, body = haproxy.with_answer(serves(deployed=deployed), tmp_path / "nowhere.json"), tmp_path / "nowhere.json"
     status, more = (404, "") if deployed else (503, " hdr retry-after 2")
     rule = f"    http-request return status {status} content-type application/json file {body}{more}"
-    assert found == serves(deployed=deployed).replace(RULE, rule)
+    limit = "    timeout http-request 60s\n"
+    assert found == serves(deployed=deployed).replace(RULE, rule).replace(TIMES, TIMES.replace("1s\n", f"1s\n{limit}", 1))
     assert json.loads(body.read_text())["error"]["code"] == ("unknown_url" if deployed else "model_loading")
 
 
@@ -97,6 +98,13 @@ def test_what_is_started_becomes_a_haproxy_that_speaks_our_words(tmp_path):
             check(request, *ask(port, request), status, code)
         _, rest = ask(port, good + TO_HAPROXY[1][0])  # on a connection that was used before
         assert b'"unknown_url"' in rest and b"HTTP/1.1 400 \r\n" in rest and rest.endswith(b'"code":"invalid_http"}}')
+
+
+@needs_haproxy
+def test_a_head_is_not_waited_for_as_long_as_a_reader(tmp_path):
+    patient = "from deployments import haproxy; haproxy._HEAD_S = 1; haproxy.main()"
+    with started(tmp_path, patient, TIMES.replace("client 1s", "client 3600s")) as (port, _):
+        check(b"", *ask(port, b"GET / HTTP/1.1\r\nhost: a\r\n"), 408, "request_timeout")
 
 
 @needs_haproxy
