@@ -24,6 +24,7 @@ from deployments.api.incoming import read_body
 from deployments.api.job import chat_job, completion_job
 from deployments.api.keys import KeyRing
 from deployments.api.metrics import CONTENT_TYPE, Metrics
+from deployments.api.playground import is_wanted, playground
 from deployments.api.service import Service
 from deployments.api.texts import TextRoutes
 from deployments.api.tracing import Tracer
@@ -195,6 +196,8 @@ class Endpoints:
             raise loading() from None
 
     async def index(self, request: Request) -> Response:
+        if is_wanted(request):
+            return playground()
         return Json(
             {
                 "name": "Mini-LLM-Infra",
@@ -204,7 +207,8 @@ class Endpoints:
                 "tokens": ["POST /tokenize", "POST /detokenize", "GET /tokenizer_info"],
                 "describe": ["GET /v1/capabilities", "GET /openapi.json", "GET /docs"],
                 "operate": ["GET /health", "GET /ready", "GET /metrics", "GET /version", "GET /load", "GET /debug/dispatch"],
-            }
+            },
+            headers={"vary": "accept"},
         )
 
 

@@ -56,7 +56,7 @@ _POSTS: dict[str, Post] = {
 }  # fmt: skip
 _COUNT = "/v1/messages/count_tokens"
 _GETS = {
-    "/": Get("What is served.", server.Index),
+    "/": Get("What is served; for browsers a page to chat with the model.", server.Index),
     "/v1/models": Get("The served model.", server.ModelList),
     "/v1/models/{id}": Get("The same, by its name.", server.ModelCard),
     "/v1/capabilities": Get("Every request field, and what this server does with it.", server.Capabilities),
@@ -105,6 +105,8 @@ def openapi(version: str) -> dict[str, Any]:
         found = answers.get(path, {"type": "string"})
         kind = "application/json" if path in answers else get.answer
         said = {"200": {"description": "The answer", "content": {kind: {"schema": found}}}, "default": _failure(path, answers)}
+        if path == "/":
+            said["200"]["content"]["text/html"] = {"schema": {"type": "string"}}  # type: ignore[index]
         if path == "/ready":
             said["503"] = {"description": "Not ready", "content": _json(found)}
         parameters = [_MODEL_ID] if "{id}" in path else []

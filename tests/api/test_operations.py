@@ -425,6 +425,21 @@ def test_the_access_log_has_one_line_and_no_text(server, caplog):
     assert "secret" not in caplog.text and "Hello" not in caplog.text
 
 
+def test_browsers_get_a_page_and_programs_json(server):
+    browser = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+    as_json = "application/json"
+    for headers, kind in ((browser, "text/html; charset=utf-8"), ({"accept": "*/*"}, as_json), ({}, as_json)):
+        status, told, _ = server.raw("GET", "/", headers=headers)
+        assert (status, told["content-type"], told["vary"]) == (200, kind, "accept")
+    _, told, page = server.raw("GET", "/", headers=browser)
+    assert "default-src 'none'" in told["content-security-policy"] and not re.search(rb"https?://|src=|@import|url\(", page)
+    paths = json.loads(server.raw("GET", "/openapi.json")[2])["paths"]
+    asked = re.findall(r'base \+ "(/[\w/]+)', page.decode())
+    assert {"/v1/chat/completions", "/v1/models", "/metrics", "/docs"} == {*asked} and {*asked} <= paths.keys()
+    metrics = server.raw("GET", "/metrics")[2].decode()
+    assert all(f"\n{name}{{" in metrics for name in re.findall(r'"(vllm:[^"]+)"', page.decode()))
+
+
 def test_a_probe_that_is_told_to_wait_is_no_refused_request(fresh_server):
     server = fresh_server()
     server.gate.drain()
