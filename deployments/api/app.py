@@ -29,12 +29,12 @@ from deployments.api.service import Service
 from deployments.api.texts import TextRoutes
 from deployments.api.tracing import Tracer
 from deployments.protocol.access import Access
-from deployments.protocol.errors import ApiError, loading, model_not_found
+from deployments.protocol.errors import ApiError, model_not_found
 from deployments.protocol.limits import Limits
 from deployments.protocol.requests import parse_chat, parse_completion
 from deployments.protocol.responses import model_card
 from deployments.tools.family import ToolParser
-from deployments.transport.base import NotReady, Transport
+from deployments.transport.base import Transport
 from model_core.tokenizer.tokenizer import Tokenizer
 
 
@@ -190,10 +190,7 @@ class Endpoints:
 
     async def dispatch(self, request: Request) -> Response:
         await self._service.info()
-        try:
-            return Json({"object": "list", "data": await self._service.transport.dispatch_table()})
-        except NotReady:
-            raise loading() from None
+        return Json({"object": "list", "data": await self._service.dispatch_table()})
 
     async def index(self, request: Request) -> Response:
         if is_wanted(request):

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import reduce
 from operator import add
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import orjson
 
@@ -92,6 +92,13 @@ class Service:
             return await asyncio.wait_for(self.transport.stats(), PROBE_TIMEOUT_S)
         except (NotReady, asyncio.TimeoutError):
             return []
+
+    async def dispatch_table(self) -> list[dict[str, Any]]:
+        """Of a model replica. Raises ApiError 503 if none answers in time."""
+        try:
+            return await asyncio.wait_for(self.transport.dispatch_table(), PROBE_TIMEOUT_S)
+        except (NotReady, asyncio.TimeoutError):
+            raise loading() from None
 
     def own_metrics(self) -> Metrics:
         self.metrics.active = self.gate.active

@@ -13,6 +13,7 @@ import time
 import openai
 import pytest
 
+from deployments.api import service as service_module
 from deployments.api.app import create_app
 from deployments.api.metrics import Metrics
 from deployments.transport.base import NotReady, Overloaded, ReplicaLost
@@ -423,6 +424,20 @@ def test_the_access_log_has_one_line_and_no_text(server, caplog):
     assert bad["status"] == 400 and bad["error"] == "integer_below_min_value"
     assert gone["stream"] is True
     assert "secret" not in caplog.text and "Hello" not in caplog.text
+
+
+def test_a_model_replica_that_hangs_is_not_waited_for(fresh_server, monkeypatch):
+    monkeypatch.setattr(service_module, "PROBE_TIMEOUT_S", 0.05)
+    server = fresh_server()
+    assert server.raw("GET", "/v1/models")[0] == 200
+    hung = lambda: asyncio.sleep(30)  # noqa: E731
+    monkeypatch.setattr(server.fake, "stats", hung)
+    monkeypatch.setattr(server.fake, "dispatch_table", hung)
+    began = time.monotonic()
+    assert [server.raw("GET", path)[0] for path in ("/health", "/ready", "/metrics", "/v1/models", "/debug/dispatch")] == [
+        200, 503, 200, 200, 503
+    ]  # fmt: skip
+    assert time.monotonic() - began < 5
 
 
 def test_browsers_get_a_page_and_programs_json(server):
