@@ -108,5 +108,6 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     if error.status_code == 405:
         message = f"Method {request.method[:20]} is not allowed here. Allowed: {headers.get('allow', '')}."
         return await on_api_error(request, ApiError(405, message, code="method_not_allowed", headers=headers))
-    message = f"Unknown URL: {request.method[:20]} {request.scope['path'][:200]}. GET / lists what is served."
+    root = request.scope.get("root_path", "")
+    message = f"Unknown URL: {request.method[:20]} {request.scope['path'][:200]}. GET {root}/ lists what is served."
     return await on_api_error(request, unknown_url(message))

@@ -36,11 +36,12 @@ class Guard:
         if holder is None:
             await refuse(no_key(), scope, receive, send)
             return
-        scope["mini_llm.record"].key = holder.key.name
+        record = scope["mini_llm.record"]
+        record.key, record.min_priority = holder.key.name, holder.key.min_priority
         if scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        charge = Charge(holder.tokens, scope["mini_llm.record"], self._keys.clock)
+        charge = Charge(holder.tokens, record, self._keys.clock)
 
         async def send_with_allowance(message: Message) -> None:
             if message["type"] == "http.response.start":

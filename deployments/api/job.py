@@ -12,7 +12,7 @@ from deployments.api.choice import Choice, LateStop, TextStream
 from deployments.api.prompts import check_ids, encode_messages, encode_prompt, encode_prompt_as_chat
 from deployments.api.record import Record
 from deployments.api.service import Service
-from deployments.protocol.errors import ApiError, bad_request, context_too_long
+from deployments.protocol.errors import ApiError, bad_request, context_too_long, not_allowed
 from deployments.protocol.messages import for_template
 from deployments.protocol.prompt_logprobs import echo_json, prompt_json
 from deployments.protocol.requests import ChatRequest, CompletionRequest, GenerationRequest
@@ -128,6 +128,9 @@ def _job(
     echoes: list[str] | None,
     plan: CallPlan | None = None,
 ) -> Job:
+    if record.min_priority is not None and request.priority < record.min_priority:
+        raise not_allowed("priority", f"The priority of this key's requests is {record.min_priority} at least, "
+                                      f"but got {request.priority}.")  # fmt: skip
     check_ids(info, request.stop_token_ids, "stop_token_ids")
     check_ids(info, list(request.logit_bias), "logit_bias")
     _check_scored(request, sum(map(len, prompts)))

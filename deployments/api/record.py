@@ -12,7 +12,7 @@ log = logging.getLogger("mini_llm.access")
 
 PROBES = frozenset({"/health", "/ready", "/metrics"})  # asked every second or so by machines; logged at DEBUG
 
-_CLOCKS = frozenset({"begun", "received_at"})
+_UNTOLD = frozenset({"begun", "received_at", "min_priority"})
 
 
 @dataclass
@@ -23,6 +23,7 @@ class Record:
     method: str
     route: str
     key: str | None = None  # name of the API key
+    min_priority: int | None = None  # which this key may ask for
     status: int = 0  # 499: the client left (nginx's code)
     model: str | None = None
     stream: bool | None = None
@@ -48,6 +49,6 @@ class Record:
         if not log.isEnabledFor(level):
             return
         line = {"ts": round(time.time(), 3)}
-        line.update({key: value for key, value in vars(self).items() if value is not None and key not in _CLOCKS})
+        line.update({key: value for key, value in vars(self).items() if value is not None and key not in _UNTOLD})
         line["total_ms"] = round(self.seconds() * 1e3, 2)
         log.log(level, orjson.dumps(line).decode())

@@ -33,6 +33,10 @@ class ApiKey(BaseModel):
     )
     concurrent_requests: int | None = Field(default=None, ge=1, description="POST requests at a time; beyond: 429.")
 
+    min_priority: int | None = Field(
+        default=None, ge=-1000, le=1000, description="Smallest `priority` of its requests, smaller ones go first; below: 403."
+    )
+
     @model_validator(mode="after")
     def _check(self) -> ApiKey:
         if sum(value is not None for value in (self.key, self.sha256, self.env)) != 1:
@@ -62,8 +66,8 @@ class Access(BaseModel):
     keys: list[ApiKey] = Field(
         default_factory=list,
         description="API keys: name, one of sha256, env (a variable's name) and key, and optional requests_per_minute, "
-        "tokens_per_minute and concurrent_requests (counted by each HTTP replica, see api_replicas). Any key closes everything "
-        "but /, /health, /ready, /version, /docs, /openapi.json.",
+        "tokens_per_minute and concurrent_requests (counted by each HTTP replica, see api_replicas) and min_priority. Any key "
+        "closes everything but /, /health, /ready, /version, /docs, /openapi.json.",
     )
     keys_file: str | None = Field(
         default=None, min_length=1, description="YAML file with more of such keys; read again when it changes."

@@ -81,6 +81,11 @@ def no_key() -> ApiError:
     )
 
 
+def not_allowed(param: str, message: str) -> ApiError:
+    """What other keys may do."""
+    return ApiError(403, message, type="permission_error", param=param, code="insufficient_permissions")
+
+
 def rate_limited(message: str, retry_after_s: int) -> ApiError:
     headers = {"retry-after": str(retry_after_s)}
     return ApiError(429, message, type="rate_limit_error", code="rate_limit_exceeded", headers=headers)

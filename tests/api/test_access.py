@@ -118,6 +118,18 @@ def test_requests_per_minute(fresh_server):
     assert 'vllm:admission_rejections_total{model_name="acme/tiny",reason="rate_limit_exceeded"} 1.0' in metrics
 
 
+def test_a_key_may_not_go_ahead_of_others_beyond_its_priority(fresh_server):
+    server = fresh_server(access=keys(min_priority=-1))
+    for path, body in ((CHAT, BODY), ("/v1/completions", {"prompt": "a"}), ("/v1/responses", {"input": "a"})):
+        for key, priority, expected in (("alice", -1, 200), ("alice", -2, 403), ("bob", -2, 200)):
+            status, _, raw = server.raw("POST", path, {**body, "priority": priority}, bearer(f"sk-{key}"))
+            assert status == expected
+            if status == 403:
+                error = error_of(raw)
+                assert (error["type"], error["param"]) == ("permission_error", "priority")
+                assert error["code"] == "insufficient_permissions"
+
+
 def test_tokens_per_minute(fresh_server):
     """Prompt and answer are charged when they are known; an overdrawn allowance is paid back before the next request."""
     server = fresh_server(access=keys(tokens_per_minute=100, requests_per_minute=50))
@@ -268,9 +280,10 @@ def test_an_application_below_a_prefix(server, caplog):
     """As Serve runs it with a route_prefix: the same paths are open, and routes have the same names in the log."""
     caplog.set_level("DEBUG", "mini_llm.access")
     app = create_app(server.fake, server.app.state.service.tokenizer, server.limits, keys())
+    sent = []
 
     async def ask(method, path, headers=()):
-        sent = []
+        sent.clear()
 
         async def receive():
             return {"type": "http.request", "body": json.dumps(BODY).encode()}
@@ -287,6 +300,7 @@ def test_an_application_below_a_prefix(server, caplog):
     assert [asyncio.run(ask(*one)) for one in asked] == [200, 200, 401, 200]
     lines = [json.loads(record.getMessage()) for record in caplog.records]
     assert [line["route"] for line in lines] == ["/health", "/metrics", "/v1/models", "/v1/models"]
+    assert asyncio.run(ask("GET", "/twin/nowhere", headers)) == 404 and b"GET /twin/ lists" in sent[1]["body"]
 
 
 def test_cors(fresh_server, server):
