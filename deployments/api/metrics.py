@@ -196,21 +196,22 @@ class Metrics:
 
 
 def _engine_families(model: str, pool_tokens: int, stats: Sequence[EngineStats]) -> Iterator[Metric]:
-    """What the engines keep, one series each."""
+    """What the engines keep, one series each, whichever of them answer."""
     labels = ["model_name", "engine"]
+    engines = sorted({reading.engine: reading for reading in stats}.items())
     for name, help, read in _GAUGES:
         gauge = GaugeMetricFamily(name, help, labels=labels)
-        for i, reading in enumerate(stats):
+        for i, reading in engines:
             gauge.add_metric([model, str(i)], read(reading))
         yield gauge
     for name, help, read in _COUNTERS:
         counter = CounterMetricFamily(name, help, labels=labels)
-        for i, reading in enumerate(stats):
+        for i, reading in engines:
             counter.add_metric([model, str(i)], read(reading))
         yield counter
     steps = HistogramMetricFamily("vllm:iteration_tokens_total", "Tokens computed in an engine step.", labels=labels)
     config = GaugeMetricFamily("vllm:cache_config_info", "The KV pool.", labels=[*labels, "block_size", "num_gpu_blocks"])
-    for i, reading in enumerate(stats):
+    for i, reading in engines:
         if reading.step_tokens:
             steps.add_metric([model, str(i)], _buckets(STEP_TOKENS, reading.step_tokens), reading.computed_tokens)
         pages = reading.pages_total

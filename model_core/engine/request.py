@@ -143,3 +143,4 @@ class EngineStats:
     step_tokens: tuple[int, ...] = ()  # steps by tokens computed, up to each of STEP_TOKENS (and beyond); totals since start
     computed_tokens: int = 0  # by all of them
     graphs_to_capture: int = 0  # when the engine is quiet, or when a step needs one: that step is then tens of ms late
+    engine: int = 0  # its number among those that serve one model, set by the replica that it is in

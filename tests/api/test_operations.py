@@ -9,6 +9,7 @@ import re
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import openai
 import pytest
@@ -465,6 +466,18 @@ def test_a_probe_that_is_told_to_wait_is_no_refused_request(fresh_server):
 
     assert server.raw("GET", "/ready")[0] == 503 and refused() == []
     assert server.chat()[0] == 503 and refused() == [1]
+
+
+def test_an_engine_keeps_its_label_while_another_does_not_answer(server):
+    """Else its counters would seem to jump."""
+
+    def totals(*engines):
+        stats = [replace(reading, engine=engine, steps=10 * engine) for engine in engines]
+        found = samples(Metrics().render("m", 0, stats).decode())
+        return {labels[0][1]: value for (name, *labels), value in found.items() if name == "mini_llm:engine_steps_total"}
+
+    [reading] = asyncio.run(server.fake.stats())
+    assert totals(2, 0, 1) == {"0": 0, "1": 10, "2": 20} and totals(2) == {"2": 20} and totals(2, 2) == {"2": 20}
 
 
 def test_metrics_of_several_replicas_are_summed():
