@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from deployments.api.answer import Answer, Json, StreamedAnswer, WholeAnswer
 from deployments.api.incoming import read_body
-from deployments.api.job import Job, chat_job
+from deployments.api.job import Job, chat_job, chat_prompt
 from deployments.api.service import Service
 from deployments.protocol import anthropic_events, response_events, response_items
 from deployments.protocol.anthropic_request import parse_anthropic
@@ -47,14 +47,18 @@ class DialectRoutes:
         return StreamedMessage(service, job) if chat.stream else WholeMessage(service, job)
 
     async def count_tokens(self, request: Request) -> Response:
-        """{input_tokens}: of the prompt that /v1/messages would make of the same body."""
+        """{input_tokens}: of the prompt that /v1/messages would make of the same body. It may be longer than the context:
+        clients ask so as to know whether to shorten it."""
         service = self._service
         body = await read_body(service, request)
         if body.get("max_tokens") is None:  # what only an answer needs
             body["max_tokens"] = 1
         chat, _ = parse_anthropic(body, service.limits)
-        job = await self._message_job(chat, request)
-        return Json({"input_tokens": len(job.prompts[0])})
+        info = await service.check_model(chat.model)
+        request.scope["mini_llm.record"].model = chat.model
+        with _renaming(_ANTHROPIC_NAMES):
+            ids, _ = await chat_prompt(service, info, chat, to_count=True)
+        return Json({"input_tokens": len(ids)})
 
     async def _message_job(self, chat: ChatRequest, request: Request) -> Job:
         """max_tokens is required there, so that clients make one up: LiteLLM sends 128,000."""

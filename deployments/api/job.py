@@ -79,6 +79,15 @@ class Job:
 async def chat_job(service: Service, request: ChatRequest, record: Record) -> Job:
     """Raises ApiError 400, 404, 503."""
     info = await service.check_model(request.model)
+    ids, plan = await chat_prompt(service, info, request)
+    _check_room(info, ids, "messages" if request.prompt is None else "prompt")
+    return _job(service, info, request, record, [ids], None, plan)
+
+
+async def chat_prompt(
+    service: Service, info: EngineInfo, request: ChatRequest, *, to_count: bool = False
+) -> tuple[list[int], CallPlan | None]:
+    """The prompt's token ids; to_count: also those of one that is far too long. Raises ApiError 400."""
     try:
         plan = await plan_calls(service, request)
         if request.messages is None:
@@ -86,12 +95,10 @@ async def chat_job(service: Service, request: ChatRequest, record: Record) -> Jo
             ids = await encode_prompt_as_chat(service, info, request.prompt, request, plan)
         else:
             messages = for_template(request.messages)
-            ids = await encode_messages(service, info, messages, request, plan)
+            ids = await encode_messages(service, info, messages, request, plan, to_count=to_count)
     except RequestError as error:
         raise refused(error) from None
-    ids = _last(info, ids, request)
-    _check_room(info, ids, "messages" if request.prompt is None else "prompt")
-    return _job(service, info, request, record, [ids], None, plan)
+    return _last(info, ids, request), plan
 
 
 async def completion_job(service: Service, request: CompletionRequest, record: Record) -> Job:

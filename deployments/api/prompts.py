@@ -49,11 +49,12 @@ async def encode_conversation(
 
 
 async def encode_messages(
-    service: Service, info: EngineInfo, messages: list[dict[str, Any]], request: ChatRequest, plan: CallPlan | None
-) -> list[int]:
-    """The prompt of a chat. Raises ApiError 400 and RequestError."""
+    service: Service, info: EngineInfo, messages: list[dict[str, Any]], request: ChatRequest, plan: CallPlan | None,
+    *, to_count: bool = False,
+) -> list[int]:  # fmt: skip
+    """The prompt of a chat; to_count: however long. Raises ApiError 400 and RequestError."""
     least = sum(service.least_tokens(message["content"]) for message in messages)
-    if least >= info.context_length and request.truncate_prompt_tokens is None:
+    if least >= info.context_length and request.truncate_prompt_tokens is None and not to_count:
         raise context_too_long(info.context_length, least, noun="messages", at_least=True)
     effort = request.reasoning_effort
     extra = None if effort is None else {"reasoning_effort": effort}

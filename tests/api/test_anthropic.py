@@ -99,6 +99,13 @@ def test_tokens_are_counted_as_they_would_be_used(server):
     assert json.loads(raw) == {"input_tokens": len(server.fake.requests[0].prompt_ids)}
 
 
+@pytest.mark.parametrize("chars", [300, 15_000])
+def test_what_is_longer_than_the_context_is_counted_too(server, chars):
+    body = {"model": "acme/tiny", "messages": [{"role": "user", "content": "y" * chars}]}
+    status, _, raw = server.raw("POST", "/v1/messages/count_tokens", body)
+    assert status == 200 and json.loads(raw)["input_tokens"] > server.INFO.context_length
+
+
 @pytest.mark.parametrize(("fields", "words"), [
     ({"max_tokens": None}, "'max_tokens'"),
     ({"max_tokens": 0}, "'max_tokens'"),
