@@ -176,8 +176,8 @@ class Endpoints:
         return Json({"version": self._service.version})
 
     async def load(self, request: Request) -> Response:
-        """{server_load}, vLLM's name: sequences of this HTTP replica in work or waiting."""
-        return Json({"server_load": self._service.gate.active})
+        """{server_load}, vLLM's name: sequences in work or waiting, of all HTTP replicas."""
+        return Json({"server_load": (await self._service.all_metrics()).active})
 
     async def capabilities(self, request: Request) -> Response:
         return Json(contract.capabilities())

@@ -468,6 +468,19 @@ def test_a_probe_that_is_told_to_wait_is_no_refused_request(fresh_server):
     assert server.chat()[0] == 503 and refused() == [1]
 
 
+def test_the_load_is_that_of_all_http_replicas(fresh_server, monkeypatch):
+    server, other = fresh_server(), Metrics()
+    other.active = 2
+    service = server.app.state.service
+
+    async def everyone():
+        return [other, service.own_metrics()]
+
+    monkeypatch.setattr(service, "_everyone", everyone)
+    with server.gate.hold(3):
+        assert json.loads(server.raw("GET", "/load")[2]) == {"server_load": 5}
+
+
 def test_an_engine_keeps_its_label_while_another_does_not_answer(server):
     """Else its counters would seem to jump."""
 
