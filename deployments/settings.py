@@ -32,6 +32,9 @@ Count = Annotated[int | Literal["auto"], BeforeValidator(_count)]
 Calibration = Annotated[Literal["auto", "off", "again"], BeforeValidator(lambda value: "off" if value is False else value)]
 
 
+_SECTIONS = ("engine", "limits", "access")
+
+
 class EngineSettings(BaseModel):
     """How each engine is set up; see model_core/engine/config.py, whose names, defaults and checks these are."""
 
@@ -174,9 +177,11 @@ class AppArgs(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known_keys(cls, values: Any) -> Any:
-        if isinstance(values, Mapping):
-            check_keys(cls, values)
-        return values
+        if not isinstance(values, Mapping):
+            return values
+        check_keys(cls, values)
+        # YAML's null is a section whose keys are all commented out
+        return {key: value for key, value in values.items() if value is not None or key not in _SECTIONS}
 
 
 def check_keys(model: type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> None:
@@ -225,7 +230,7 @@ def explain(error: ValidationError) -> str:
     lines = []
     for item in error.errors(include_url=False):
         where = ".".join(map(str, item["loc"]))
-        text = item["msg"].removeprefix("Value error, ")
+        text = "must be keys with their values" if item["type"] == "model_type" else item["msg"].removeprefix("Value error, ")
         given = item["input"]
         is_secret = where.startswith("access.keys.") or where == "access.keys"  # whatever stands there may be a key
         shown = f", got {given!r}" if where and not is_secret and not isinstance(given, Mapping | list) else ""

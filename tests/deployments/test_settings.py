@@ -58,6 +58,7 @@ def test_the_shipped_configuration_says_what_it_means():
         ({"replicas": True}, "replicas: must be auto"),
         ({"stall_timeout_s": 0}, "stall_timeout_s: Input should be greater than 0, got 0"),
         ({"model": ""}, "model: String should have at least 1 character"),
+        ({"limits": 3}, "limits: must be keys with their values, got 3"),
         ({"engine": {"context_length": 1}}, "context_length must be at least 2, got 1"),
         ({"engine": {"threads": 100_000}}, "threads must be at most 1024, got 100000"),
         ({"access": {"cors_origins": ["https://a.example", "b.example"]}}, "access.cors_origins: 'b.example' is no origin: "),
@@ -85,6 +86,10 @@ def test_every_mistake_is_reported_at_once():
     with pytest.raises(ConfigError) as error:
         parse_args({"transport": "pull", "replicas": -1, "weight_dir": 5}, AppArgs)
     assert [line.split(":")[0] for line in str(error.value).splitlines()] == ["weight_dir", "replicas", "transport"]
+
+
+def test_a_section_whose_keys_are_all_commented_out_is_empty():
+    assert parse_args(yaml.safe_load("engine:\nlimits:\n  # max_n: 3\naccess:"), AppArgs) == AppArgs()
 
 
 def test_numbers_may_come_as_text_as_the_command_line_gives_them():
