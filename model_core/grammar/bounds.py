@@ -10,6 +10,7 @@ from model_core.grammar.number import DIGITS, INTEGER, NUMBER, Bound, integers, 
 from model_core.grammar.part import Part
 
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+_LOWS = ("minimum", "exclusiveMinimum")
 _FURTHEST = Decimal(10**DIGITS - 1)
 
 
@@ -39,7 +40,10 @@ def _bounds(part: Part) -> tuple[Bound | None, Bound | None]:
             value = part.node[key]
             if type(value) not in (int, float) or not math.isfinite(value):
                 part.refuse("a bound that is no number", key)
-            found[key] = max(-_FURTHEST, min(_FURTHEST, Decimal(repr(value))))  # no number is written beyond that
-    lows = [(found[key], key != "minimum") for key in ("minimum", "exclusiveMinimum") if key in found]
+            exact, is_low = Decimal(repr(value)), key in _LOWS
+            if exact > _FURTHEST if is_low else exact < -_FURTHEST:
+                part.refuse(f"a bound with which all numbers have more than {DIGITS} digits", key)
+            found[key] = max(-_FURTHEST, exact) if is_low else min(_FURTHEST, exact)  # no number is written beyond that
+    lows = [(found[key], key != "minimum") for key in _LOWS if key in found]
     highs = [(found[key], key != "maximum") for key in ("maximum", "exclusiveMaximum") if key in found]
     return max(lows, default=None), min(highs, key=lambda bound: (bound[0], not bound[1]), default=None)

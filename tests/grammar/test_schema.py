@@ -140,6 +140,8 @@ def test_any_object() -> None:
         ({"type": "object", "properties": {"a": {}}, "required": ["a"], "maxProperties": 0}, "#/maxProperties"),
         ({"enum": ["a"], "type": "integer"}, "#/enum"),
         ({"type": "integer", "minimum": 1.2, "maximum": 1.8}, "#"),
+        ({"type": "integer", "minimum": 10**15}, "#/minimum"),
+        ({"type": "number", "exclusiveMaximum": -1e30, "minimum": -1e40}, "#/exclusiveMaximum"),
         ({"properties": {"a": False}}, "#/properties/a"),
         ([], "#"),
         ({"if": {}, "then": {}}, "#/if"),
