@@ -55,7 +55,9 @@ class Job:
             return None
         if self.is_chat:
             return ChatLogprobs(service.tokenizer)
-        return TextLogprobs(service.tokenizer, 0 if self.echoes is None else len(self.echoes[choice.index // self.request.n]))
+        shown = service.tokenizer.byte_table(skip_special_tokens=self.request.skip_special_tokens)
+        echoed = 0 if self.echoes is None else len(self.echoes[choice.index // self.request.n])
+        return TextLogprobs(service.tokenizer, shown, choice.request.prompt_ids[-4:], echoed)
 
     async def prompt_json(self, service: Service, choice: Choice) -> dict[str, Any]:
         """What was asked for of these, once the prompt's log-probabilities are there: `logprobs` of an echoed prompt, and
@@ -104,15 +106,16 @@ async def chat_prompt(
 async def completion_job(service: Service, request: CompletionRequest, record: Record) -> Job:
     """Raises ApiError 400, 404, 503."""
     info = await service.check_model(request.model)
-    if len(request.prompt) * request.n > info.max_seqs + service.limits.max_queued_requests:
+    most = info.max_seqs + service.limits.max_queued_requests
+    if len(request.prompt) * request.n > most:
         raise bad_request(
-            f"{len(request.prompt)} prompts with n={request.n} are more sequences than this server takes at once.",
+            f"{len(request.prompt)} prompts with n={request.n} are more than the {most} sequences this server takes at once.",
             param="prompt",
         )
     prompts: list[list[int]] = []
     try:
         for prompt in request.prompt:
-            ids = await encode_prompt(service, info, prompt, request, request.add_special_tokens)
+            ids = await encode_prompt(service, info, prompt, request, request.add_special_tokens, True)
             prompts.append(_last(info, ids, request))
             if request.max_tokens or request.scored_logprobs is not None:
                 _check_room(info, prompts[-1], "prompt", 1 if request.max_tokens else 0)
@@ -217,13 +220,14 @@ def _params(info: EngineInfo, request: ChatRequest | CompletionRequest, prompt_t
     """max_tokens beyond the context is refused; within it, clamped to the room the prompt leaves (as vLLM does)."""
     limit = min(info.context_length, info.pool_tokens)
     asked = request.asked_tokens
-    name = "max_tokens" if request.max_tokens == asked else "max_completion_tokens"
-    if asked is not None and asked > limit:
-        raise bad_request(
-            f"{name} is too large: {asked}. This model's context holds {limit} tokens, prompt and answer together.",
-            param=name,
-            code="integer_above_max_value",
-        )
+    for name in ("max_completion_tokens", "max_tokens"):  # both, also where only the first counts
+        value = getattr(request, name, None)
+        if value is not None and value > limit:
+            raise bad_request(
+                f"{name} is too large: {value}. This model's context holds {limit} tokens, prompt and answer together.",
+                param=name,
+                code="integer_above_max_value",
+            )
     room = limit - prompt_tokens
     max_tokens = room if asked is None else min(asked, room)
     if request.min_tokens > max_tokens:

@@ -72,9 +72,10 @@ async def encode_prompt_as_chat(
 
 
 async def encode_prompt(
-    service: Service, info: EngineInfo, prompt: str | list[int], request: GenerationRequest, special: bool
+    service: Service, info: EngineInfo, prompt: str | list[int], request: GenerationRequest, special: bool, obey: bool = False
 ) -> list[int]:
-    """special: with the tokenizer's own prefix. Raises ApiError 400 and RequestError."""
+    """special: with the tokenizer's own prefix. obey: control tokens that a text spells out are meant. Raises ApiError 400 and
+    RequestError."""
     if not isinstance(prompt, str):
         check_ids(info, prompt, "prompt")
         return prompt
@@ -82,7 +83,7 @@ async def encode_prompt(
     if least >= info.context_length and request.truncate_prompt_tokens is None:
         raise context_too_long(info.context_length, least, noun="prompt", at_least=True)
     ids = await service.text_work(
-        len(prompt), lambda: service.tokenizer.encode(prompt, add_special_tokens=special)
+        len(prompt), lambda: service.tokenizer.encode(prompt, add_special_tokens=special, allow_special=obey)
     )
     if not ids:
         raise bad_request("The prompt is empty: send at least one token.", param="prompt")

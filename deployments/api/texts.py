@@ -61,9 +61,9 @@ class TextRoutes:
     async def _encode(self, asked: TokenizeRequest) -> list[int]:
         service = self._service
         if asked.messages is None:
-            text = asked.prompt or ""
+            text, special = asked.prompt or "", asked.add_special_tokens
             return await service.text_work(
-                len(text), lambda: service.tokenizer.encode(text, add_special_tokens=asked.add_special_tokens)
+                len(text), lambda: service.tokenizer.encode(text, add_special_tokens=special, allow_special=True)
             )
         tools = toolbox(asked.tools, None, True)
         return await encode_conversation(service, for_template(asked.messages), tools.functions if tools else (), asked)

@@ -55,7 +55,8 @@ FIELDS: tuple[Field, ...] = (
     *_served("add_special_tokens", TOKENIZE, "with a prompt"),
     *_served("add_generation_prompt continue_final_message chat_template_kwargs", TOKENIZE, "with messages, as in chat"),
     *_served("tokens", DETOKENIZE),
-    *_served("prompt", note="chat: a string, taken as one user message; completions: string(s) or token ids"),
+    *_served("prompt", note="chat: a string, taken as one user message; completions: token ids, or string(s), in which control "
+                            "tokens are obeyed"),
     *_served("max_tokens"),
     *_served("max_tokens", MESSAGES, "beyond the context: all the room there is; clients must send one, and many make it up"),
     *_served("temperature top_p stream", ALL),
@@ -86,8 +87,8 @@ FIELDS: tuple[Field, ...] = (
     *_served("instructions max_output_tokens", RESPONSES),
     *_served("metadata", RESPONSES, "comes back in the answer"),
     *_served("reasoning", RESPONSES, "its effort is given to the model's chat template, which may use it"),
-    *_served("response_format", note="text, json_object or json_schema, strict or not: every keyword is held, or refused; "
-             "beside tools it holds for answers without calls"),
+    *_served("response_format", note="text, json_object (which may have a schema) or json_schema, strict or not: every keyword "
+             "is held, or refused; beside tools it holds for answers without calls"),
     *_served("structured_outputs", ALL, "vLLM's: one of json, json_object, regex, choice and grammar (not beside tools)"),
     *_served("text", RESPONSES, "its format, as response_format in chat"),
     *_served("output_config", MESSAGES, "its format, as response_format in chat; others of its members are refused"),

@@ -11,7 +11,7 @@ from deployments.protocol.requests import Message
 from deployments.protocol.validation import json_type
 
 RESERVED = {"messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "bos_token",
-            "eos_token"}  # fmt: skip
+            "eos_token", "self"}  # fmt: skip
 
 
 def for_template(messages: list[Message]) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from deployments.protocol.structured import ResponseFormat, StructuredOutputs, o
 from deployments.protocol.tools import Choice, Tools
 from deployments.protocol.validation import translate
 from deployments.protocol.values import (
+    BIAS_SCHEMA,
     CONTENT_SCHEMA,
     INT64,
     PROMPT_SCHEMA,
@@ -63,11 +64,11 @@ class SamplingRequest(BaseModel):
     seed: Annotated[Int, Field(ge=-INT64, le=INT64 - 1)] | None = None
     presence_penalty: Annotated[Float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[Float, Field(ge=-2, le=2)] = 0.0
-    logit_bias: Annotated[dict[int, float], BeforeValidator(as_bias)] = {}
+    logit_bias: Annotated[dict[int, float], BeforeValidator(as_bias), WithJsonSchema(BIAS_SCHEMA)] = {}
 
     top_k: Annotated[Int, Field(ge=-1, le=INT64 - 1)] = 0
     min_p: Annotated[Float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[Float, Field(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[Float, Field(ge=0.01, le=10)] = 1.0
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] = []
     min_tokens: Annotated[Int, Field(ge=0)] = 0
     ignore_eos: StrictBool = False

@@ -37,6 +37,7 @@ class Usage(NamedTuple):
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": 0},  # no model here thinks apart from its answer
         }
 
 
@@ -67,19 +68,30 @@ class ChatLogprobs:
 
 
 class TextLogprobs:
-    """`logprobs` of a completion choice: parallel arrays. One per choice: it keeps the running `text_offset`."""
+    """`logprobs` of a completion choice: parallel arrays. One per choice: it keeps the running `text_offset`.
 
-    def __init__(self, names: TokenNames, offset: int = 0) -> None:
+    shown: bytes by id, as the text has them; special tokens may have none. before: the last ids of the prompt, which may end
+    inside a character. offset: characters of an echo.
+    """
+
+    def __init__(self, names: TokenNames, shown: Sequence[bytes], before: Sequence[int] = (), offset: int = 0) -> None:
         self._names = names
+        self._shown = shown
         self._offset = offset
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token_id in before:
+            self._characters(token_id)
+
+    def _characters(self, token_id: int) -> int:
+        """That the text has once it has this token, too."""
+        return len(self._decoder.decode(self._shown[token_id] if token_id < len(self._shown) else b""))
 
     def json(self, entries: Sequence[Entry], top: int) -> dict[str, Any]:
         tokens, offsets, tops = [], [], []
         for entry in entries:
             tokens.append(self._names.token_text(entry.token_id))
             offsets.append(self._offset)
-            self._offset += len(self._decoder.decode(self._names.token_bytes(entry.token_id)))
+            self._offset += self._characters(entry.token_id)
             tops.append(top_json(self._names, entry.token_id, entry.logprobs.logprob, entry.logprobs.top[:top]))
         return {
             "tokens": tokens,

@@ -31,16 +31,19 @@ class SchemaFormat(Nested):
 
 
 class ResponseFormat(Nested):
-    """Of chat and text completions. json_schema without a schema is any object."""
+    """Of chat and text completions. json_schema without a schema is any object; json_object may have one, as in llama.cpp."""
 
     model_config = ConfigDict(extra="ignore")
 
     type: Kind
     json_schema: SchemaFormat | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
 
     def grammar(self, path: str) -> GrammarSpec | None:
         if self.type == "json_schema" and self.json_schema is None:
             raise _missing(f"{path}.json_schema")
+        if self.type == "json_object" and self.schema_ is not None:
+            return _json("json_schema", self.schema_, f"{path}.schema", path)
         return _json(self.type, self.json_schema and self.json_schema.schema_, f"{path}.json_schema.schema", path)
 
 
@@ -121,7 +124,7 @@ _SCHEMA_OR_TEXT = {"anyOf": [{"type": "object"}, {"type": "string"}, {"type": "b
 class StructuredOutputs(Nested):
     """vLLM's field: exactly one of these, or none."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})  # others are refused in words
 
     json_: Annotated[Any, BeforeValidator(_schema), Field(alias="json"), WithJsonSchema(_SCHEMA_OR_TEXT)] = None
     json_object: StrictBool | None = None

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, WithJson
 from pydantic_core import PydanticCustomError
 
 from deployments.protocol.validation import expected
+from model_core.engine.validate import MAX_LOGIT_BIAS
 
 INT64 = 2**63
 
@@ -102,6 +103,8 @@ LastTokens = Annotated[
 ]
 
 # what the validators above take, for the OpenAPI document
+BIAS_SCHEMA = {"type": "object", "maxProperties": MAX_LOGIT_BIAS, "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+               "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}  # fmt: skip
 STOP_SCHEMA = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "items": {"type": "string", "minLength": 1}}]}
 _IDS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "integer"}}
 PROMPT_SCHEMA = {"anyOf": [{"type": "string"}, _IDS_SCHEMA] + [

@@ -44,6 +44,7 @@ def test_index_is_prompt_times_n_plus_k(server):
         "completion_tokens": 12,
         "total_tokens": 14,
         "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
     texts = ["", "", "", ""]
     for chunk in server.stream("/v1/completions", prompt=["p", "q"], n=2, seed=7)[:-1]:
@@ -91,6 +92,15 @@ def test_streamed_logprobs_keep_their_offsets(server):
     assert tokens == ["\ufffd", "\ufffd", " ", "s", "t", "!"] and offsets == [0, 0, 1, 2, 3, 4]
 
 
+def test_offsets_count_what_the_text_has(server):
+    """No control tokens that are not shown, and a character that begins in the prompt as one."""
+    server.fake.script = lambda request: [0xA9, server.IM_START, *server.encode("ab!"), server.IM_END]
+    for skip, offsets in ((True, [0, 1, 1, 3]), (False, [0, 1, 13, 15])):
+        answer = complete(server, prompt=[97, 0xC3], logprobs=0, skip_special_tokens=skip)[1]["choices"][0]
+        assert answer["text"] == "é" + ("" if skip else "<|im_start|>") + "ab!"
+        assert answer["logprobs"]["text_offset"] == offsets
+
+
 def test_harmless_values_of_unsupported_fields(server):
     assert complete(server, prompt="a", suffix="", best_of=1, response_format={"type": "text"}, user="me")[0] == 200
 
@@ -105,7 +115,20 @@ def test_add_special_tokens_reaches_the_tokenizer(server):
         complete(server, prompt="a")
     finally:
         del service.tokenizer.encode
-    assert seen == [{"add_special_tokens": False}, {"add_special_tokens": True}]
+    assert [one["add_special_tokens"] for one in seen] == [False, True]
+
+
+def test_control_tokens_in_a_text_are_obeyed(server):
+    """Who renders a chat template sends text."""
+    text = "<|im_start|>user\nab<|im_end|>\n"
+    n = len(text)
+    for prompt in (text, [text, "c"]):
+        answer = complete(server, prompt=prompt, echo=True, max_tokens=1, logprobs=0)[1]["choices"][0]
+        ids = server.fake.requests[-1 if prompt == text else -2].prompt_ids
+        assert ids == [server.IM_START, *server.encode("user\nab"), server.IM_END, 10]
+        assert answer["text"] == text + "Hello" and answer["logprobs"]["text_offset"][-3:] == [n - 11, n - 1, n]
+    server.chat(messages=[{"role": "user", "content": text}])
+    assert server.fake.requests[-1].prompt_ids.count(server.IM_START) == 2  # a message is only text
 
 
 def test_a_long_prompt_is_tokenised_too(server):

@@ -79,6 +79,7 @@ def text_of(path: str, answer: dict[str, Any]) -> str:
 ASKED = [
     (CHAT, {"response_format": AS_FORMAT}),
     (TEXT, {"response_format": AS_FORMAT}),
+    (CHAT, {"response_format": {"type": "json_object", "schema": SCHEMA}}),
     (RESPONSES, {"text": {"format": {"type": "json_schema", "name": "person", "schema": SCHEMA}}}),
     (MESSAGES, {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}),
     *((path, {"structured_outputs": {"json": SCHEMA}}) for path in BODIES),

@@ -29,6 +29,13 @@ def test_a_text_is_tokenised_and_comes_back(server):
     assert (status, back) == (200, {"prompt": "Hello world! abz"})
 
 
+def test_control_tokens_are_tokenised_as_such(server):
+    text = "<|im_start|>user\nHello<|im_end|>"
+    tokens = post(server, "/tokenize", {"prompt": text})[2]["tokens"]
+    assert tokens == [server.IM_START, *server.encode("user\nHello"), server.IM_END]
+    assert post(server, "/detokenize", {"tokens": tokens})[2]["prompt"] == text
+
+
 def test_a_text_longer_than_the_context_is_counted(server):
     assert post(server, "/tokenize", {"prompt": "z" * 3000})[2] == {
         "count": 3000, "max_model_len": 256, "tokens": [122] * 3000, "token_strs": None}  # fmt: skip
@@ -191,6 +198,8 @@ def test_the_document_allows_what_is_taken(server, name, body):
 @pytest.mark.parametrize("field", [
     {"stop": ""}, {"stop": [1]}, {"n": 0}, {"max_tokens": -1}, {"temperature": 3}, {"temperature": "1"}, {"seed": 2**63},
     {"stream": 1}, {"repetition_penalty": 0}, {"top_k": -2}, {"stop_token_ids": [-1]}, {"min_tokens": 1.5},
+    {"logit_bias": {"5": 101}}, {"logit_bias": {"-5": 1}}, {"repetition_penalty": 0.001}, {"structured_outputs": {"lark": "a"}},
+    {"logit_bias": dict.fromkeys(map(str, range(513)), 1)},
 ])  # fmt: skip
 def test_what_the_document_forbids_is_refused(server, field):
     for name, path in (("ChatRequest", "/v1/chat/completions"), ("CompletionRequest", "/v1/completions")):
