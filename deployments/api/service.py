@@ -77,13 +77,15 @@ class Service:
                 self._info = await asyncio.wait_for(self.transport.info(), PROBE_TIMEOUT_S)
             except (NotReady, asyncio.TimeoutError):
                 raise loading() from None
-            state = orjson.dumps({"version": self.version, **asdict(self._info)})
+            told = {"version": self.version, **asdict(self._info)}
+            del told["source"], told["pool_tokens"]  # differ from start to start
+            state = orjson.dumps(told)
             self._fingerprint = f"mini-llm-{self.version}-{hashlib.sha256(state).hexdigest()[:8]}"
         return self._info
 
     @property
     def fingerprint(self) -> str:
-        """Constant while the process lives; differs when version, weights' source, dtype or device do."""
+        """Constant while the process lives; differs when version, weights, kernels or settings that decide about numbers do."""
         return self._fingerprint
 
     async def stats(self) -> list[EngineStats]:

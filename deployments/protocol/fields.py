@@ -60,8 +60,11 @@ FIELDS: tuple[Field, ...] = (
     *_served("max_tokens"),
     *_served("max_tokens", MESSAGES, "beyond the context: all the room there is; clients must send one, and many make it up"),
     *_served("temperature top_p stream", ALL),
-    *_served("n stop stream_options logprobs"),
-    *_served("seed presence_penalty frequency_penalty logit_bias", ALL),
+    *_served("n stop stream_options"),
+    *_served("logprobs", note="of the model's own distribution: before logit_bias, penalties, temperature and grammars"),
+    *_served("seed", ALL, "choice k has seed + k. Same system_fingerprint, same request: same text; beside other requests for "
+                          "certain only with the server's setting engine.deterministic"),
+    *_served("presence_penalty frequency_penalty logit_bias", ALL),
     *_served("max_completion_tokens", CHAT, "wins over max_tokens"),
     *_served("top_logprobs", CHAT),
     *_served("echo", TEXT, "with logprobs the prompt is scored: null for its first token; max_tokens may be 0"),

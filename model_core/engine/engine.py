@@ -20,6 +20,7 @@ from model_core.engine.clock import MOST_AHEAD, Span
 from model_core.engine.config import EngineConfig
 from model_core.engine.inbox import Inbox
 from model_core.engine.load import Parts, load_parts
+from model_core.engine.numerics import numerics_of
 from model_core.engine.outbox import Outbox
 from model_core.engine.plan import StepPlan, check_request
 from model_core.engine.records import Launched, StepRecord, StepRing, us
@@ -27,6 +28,7 @@ from model_core.engine.request import EngineInfo, EngineStats, FinishReason, Req
 from model_core.engine.validate import validate
 from model_core.errors import EngineDead, RequestError
 from model_core.threads import yield_to_others
+from model_core.weights.sample import sample_of
 
 if TYPE_CHECKING:
     from model_core.grammar.matcher import Compiled
@@ -51,14 +53,15 @@ class Engine:
     of all requests; it must return quickly and not raise.
     """
 
-    def __init__(self, parts: Parts, config: EngineConfig, *, name: str, source: str = "disk") -> None:
+    def __init__(self, parts: Parts, config: EngineConfig, *, name: str, source: str = "disk", weights: str = "") -> None:
+        """weights: what tells them from others of the same shapes."""
         self.parts, self.config = parts, config
         self.info = EngineInfo(
             model=name, source=source, family=parts.model.family, parameters=parts.model.num_parameters,
             dtype=str(parts.dtype).removeprefix("torch."), device=parts.device.type,
             context_length=parts.limits.max_context,
             pool_tokens=parts.scheduler.pool.capacity * config.page_size, max_seqs=parts.limits.max_seqs,
-            vocab_size=parts.model.vocab_size, eos_ids=parts.model.eos_ids)
+            vocab_size=parts.model.vocab_size, eos_ids=parts.model.eos_ids, numerics=numerics_of(parts, config, weights))
         self.records = StepRing()
         self.stage = "not started"  # what the thread does now, for the watchdog's message
         self.failure: str | None = None
@@ -80,7 +83,8 @@ class Engine:
              source: str = "disk") -> Engine:
         """Load a checkpoint (a folder or a GGUF file). Raises CheckpointError, UnsupportedModel, ConfigError, OutOfMemory."""
         config = config or EngineConfig()
-        return cls(load_parts(Path(path), config), config, name=name or Path(path).name, source=source)
+        parts = load_parts(Path(path), config)
+        return cls(parts, config, name=name or Path(path).name, source=source, weights=sample_of(Path(path)))
 
     @property
     def alive(self) -> bool:

@@ -119,6 +119,7 @@ class EngineInfo:
     max_seqs: int
     vocab_size: int
     eos_ids: tuple[int, ...]
+    numerics: str = ""  # a digest of the weights, kernels and settings that decide about the last bits of its numbers
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -83,6 +84,13 @@ def test_the_wire_byte_for_byte(server):
 
 def test_no_usage_unless_asked_for(server):
     assert not any("usage" in chunk for chunk in server.stream()[:-1])
+
+
+def test_the_fingerprint_is_about_numbers_alone(fresh_server):
+    base = fresh_server.ROOMY
+    infos = [base, replace(base, pool_tokens=5000, source="hub"), replace(base, numerics="other")]
+    first, same, other = (fresh_server(info=info).chat()[2]["system_fingerprint"] for info in infos)
+    assert first == same != other
 
 
 def test_usage_in_every_chunk(server):
