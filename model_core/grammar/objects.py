@@ -72,7 +72,7 @@ class Objects:
         """A property that is not listed; None if there can be none."""
         patterns, extra = part.node.get("patternProperties"), part.node.get("additionalProperties")
         if patterns is None:
-            if extra is False:
+            if extra is False or (extra is None and "properties" in part.node):  # of many tools: no arguments
                 return None
             value = self._inner(part.child(True if extra is None else extra, "additionalProperties"))
             name = self._rules.add(STRING)

@@ -116,9 +116,17 @@ def test_any_object() -> None:
     assert not accepts(grammar, "[1]") and not accepts(grammar, '{"a": 1')
 
 
+def test_an_empty_list_of_properties_lists_all_of_them() -> None:
+    empty: dict[str, Any] = {"type": "object", "properties": {}}
+    for schema, takes_more in ((empty, False), ({**empty, "additionalProperties": True}, True), ({"type": "object"}, True)):
+        grammar = compiled(of_schema(schema, "response_format"))
+        assert accepts(grammar, "{}") and accepts(grammar, '{"a": 1}') == takes_more
+
+
 @pytest.mark.parametrize(
     ("schema", "path"),
     [
+        ({"type": "object", "properties": {}, "minProperties": 1}, "#/minProperties"),
         ({"not": {"type": "string"}}, "#/not"),
         ({"type": "object", "properties": {"a/b": {"type": "array", "uniqueItems": True}}}, "#/properties/a~1b/uniqueItems"),
         ({"type": "number", "multipleOf": 3}, "#/multipleOf"),
