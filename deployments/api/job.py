@@ -53,8 +53,9 @@ class Job:
         """A new writer of `choice`'s log-probabilities, None if they were not asked for."""
         if self.max_logprobs < 0:
             return None
-        if self.is_chat:
-            return ChatLogprobs(service.tokenizer)
+        if isinstance(self.request, ChatRequest):
+            goes_on = self.request.continue_final_message
+            return ChatLogprobs(service.tokenizer, service.tokenizer.strips_space and not goes_on)
         shown = service.tokenizer.byte_table(skip_special_tokens=self.request.skip_special_tokens)
         echoed = 0 if self.echoes is None else len(self.echoes[choice.index // self.request.n])
         return TextLogprobs(service.tokenizer, shown, choice.request.prompt_ids[-4:], echoed)

@@ -42,29 +42,26 @@ class Usage(NamedTuple):
 
 
 class ChatLogprobs:
-    """`logprobs` of a chat choice. The concatenated `bytes` of all entries are the bytes of the content."""
+    """`logprobs` of a chat choice, one writer for each. The concatenated `bytes` of all entries are the bytes of the content.
 
-    def __init__(self, names: TokenNames) -> None:
+    strips_space: the content does not begin with the space that its first token has.
+    """
+
+    def __init__(self, names: TokenNames, strips_space: bool = False) -> None:
         self._names = names
+        self._strip = b" " if strips_space else b""
 
     def json(self, entries: Sequence[Entry], top: int) -> dict[str, Any]:
-        return {
-            "content": [
-                {
-                    **self._token(entry.token_id, entry.logprobs.logprob),
-                    "top_logprobs": [self._token(*pair) for pair in entry.logprobs.top[:top]],
-                }
-                for entry in entries
-            ],
-            "refusal": None,
-        }
+        content = []
+        for entry in entries:
+            best = [self._token(*pair) for pair in entry.logprobs.top[:top]]
+            content.append({**self._token(entry.token_id, entry.logprobs.logprob), "top_logprobs": best})
+            self._strip = b""
+        return {"content": content, "refusal": None}
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        return {
-            "token": self._names.token_text(token_id),
-            "logprob": max(logprob, MIN_LOGPROB),
-            "bytes": list(self._names.token_bytes(token_id)),
-        }
+        data = self._names.token_bytes(token_id).removeprefix(self._strip)
+        return {"token": data.decode(errors="replace"), "logprob": max(logprob, MIN_LOGPROB), "bytes": list(data)}
 
 
 class TextLogprobs:

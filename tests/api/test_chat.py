@@ -180,6 +180,20 @@ def test_stop_is_not_looked_for_before_min_tokens(server):
     assert data.decode() == "a.b.éc"
 
 
+def test_logprobs_of_a_text_without_its_first_space(fresh_server):
+    """As Llama-2's tokenizers decode."""
+    server = fresh_server()
+    server.app.state.service.tokenizer.strips_space = True
+    server.fake.script = lambda request: server.encode(" world world!")
+    history = [*MESSAGES, {"role": "assistant", "content": "a"}]
+    for fields, text in (({}, "world world!"), ({"messages": history, "continue_final_message": True}, " world world!")):
+        answer = server.chat(logprobs=True, **fields)[2]["choices"][0]
+        chunks = server.stream(logprobs=True, **fields)[:-1]
+        streamed = [entry for chunk in chunks for entry in (chunk["choices"][0]["logprobs"] or {}).get("content", [])]
+        assert answer["message"]["content"] == text == "".join(entry["token"] for entry in answer["logprobs"]["content"])
+        assert bytes(byte for entry in streamed for byte in entry["bytes"]).decode() == text
+
+
 def test_stop_token_ids(server):
     server.fake.script = lambda request: server.encode("ab!cd")
     answer = server.chat(stop_token_ids=[258])[2]["choices"][0]
