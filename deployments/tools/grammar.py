@@ -30,7 +30,7 @@ ANY_ARGUMENTS: dict[str, Any] = {"type": "object"}
 
 
 class Callable(Protocol):
-    """A function as protocol/tools.py reads it: parameters is a JSON schema, None: it has none."""
+    """A function as protocol/tools.py reads it: parameters is a JSON schema, None or {}: it has none."""
 
     @property
     def name(self) -> str: ...
@@ -122,7 +122,7 @@ def _schema(function: Callable, keywords: bool) -> dict[str, Any]:
 
 def _enforceable(function: Callable, param: str) -> dict[str, Any]:
     """A schema of objects alone. Raises RequestError."""
-    if function.parameters is None:
+    if not function.parameters:
         return NO_ARGUMENTS
     schema = {"type": "object", **function.parameters}  # beside a keyword that may say otherwise it is refused
     if schema["type"] != "object":

@@ -63,6 +63,14 @@ def test_forced_calls_always_parse(family, control, several):
     assert ended >= 4
 
 
+def test_a_function_without_parameters_takes_none():
+    for parameters in (None, {}, {"type": "object", "properties": {}}):
+        grammar = compiled(FAMILIES["hermes"].form.forced([Function(name="g", parameters=parameters)], several=False))
+        assert accepts(grammar, f"<tool_call>\n{G}\n</tool_call>")
+        more = G.replace("{}", '{"a": 1}')
+        assert not accepts(grammar, f"<tool_call>\n{more}\n</tool_call>")
+
+
 @pytest.mark.parametrize(("family", "control"), ALL, ids=lambda one: getattr(one, "name", ""))
 def test_what_is_read_as_a_call_in_free_text_is_as_it_should_be(family, control):
     begins = {"hermes": "Hm. <tool_call>", "mistral": "Hm. [TOOL_CALLS]", "llama3": 'Hm. {"name": ', "pythonic": "["}
