@@ -209,15 +209,15 @@ class StreamedAnswer(Answer):
         async def pass_on(choice: Choice, text: str) -> None:
             i = choice.index
             line = lines[i]
+            usage = job.usage() if tells_usage else None
             if not is_open[i]:
                 is_open[i] = True
                 self._prompts[i].update(await job.prompt_json(service, choice))
-                sse.add(line.open())
+                sse.add(line.open(usage))
             shown = None
             writer = logprobs[i]
             if writer is not None and (entries := choice.take_entries()):
                 shown = writer.json(entries, job.max_logprobs)
-            usage = job.usage() if tells_usage else None
             if choice.calls is not None:
                 for piece in choice.take_pieces(text):
                     write = line.text if isinstance(piece, str) else line.call

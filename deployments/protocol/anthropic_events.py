@@ -65,7 +65,7 @@ class AnthropicEvents:
         self._blocks = 0  # that have begun
         self._open: str | None = None  # type of the block that has not ended
 
-    def open(self) -> bytes:
+    def open(self, usage: Usage | None = None) -> bytes:
         begun = message(self._head, [], Usage(self._prompt_tokens, 0, 0), None, None)
         return _event("message_start", {"message": begun})
 

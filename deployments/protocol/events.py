@@ -23,7 +23,7 @@ HEARTBEAT = b": keep-alive\n\n"
 class Line(Protocol):
     """Writes the events of one choice."""
 
-    def open(self) -> bytes:
+    def open(self, usage: Usage | None = None) -> bytes:
         """What comes before the first text."""
         ...
 
@@ -68,7 +68,7 @@ class ChoiceEvents:
         self._before = self._prefix + self._text_open
         self._after = self._text_close + b',"logprobs":null,"finish_reason":null}]' + self._null_end
 
-    def open(self) -> bytes:
+    def open(self, usage: Usage | None = None) -> bytes:
         raise NotImplementedError
 
     _text_open: bytes
@@ -148,10 +148,11 @@ class ChatEvents(ChoiceEvents):
             call["function"] = {"arguments": piece.text}
         return self._chunk(b'"delta":' + orjson.dumps({"tool_calls": [call]}), logprobs, usage)
 
-    def open(self) -> bytes:
+    def open(self, usage: Usage | None = None) -> bytes:
         """The first chunk of a chat choice: its role, once."""
         delta = b'"delta":{"role":"assistant","content":' + self._content + b'},"logprobs":null,"finish_reason":null}]'
-        return self._prefix + delta + self._of_the_prompt() + self._null_end  # of the answer, as vLLM has it: it has one prompt
+        # what is of the prompt lies beside the choices, as vLLM has it: a chat has one prompt
+        return self._prefix + delta + self._of_the_prompt() + self._end(usage)
 
 
 class TextEvents(ChoiceEvents):
@@ -159,14 +160,14 @@ class TextEvents(ChoiceEvents):
     _text_close = b""
     _empty = b'"text":""'
 
-    def open(self) -> bytes:
+    def open(self, usage: Usage | None = None) -> bytes:
         """A chunk with the prompt, if it was asked for in one of both forms."""
         fields = self._of_the_prompt()
         if self._echo is None and not fields:
             return b""
         logprobs = orjson.dumps(self._prompt.pop("logprobs", None))
         text = orjson.dumps(self._echo or "") + b',"logprobs":' + logprobs + b',"finish_reason":null'
-        return self._prefix + self._text_open + text + fields + b"}]" + self._null_end
+        return self._prefix + self._text_open + text + fields + b"}]" + self._end(usage)
 
 
 def last_event(head: Head, usage: Usage | None, timings: dict[str, Any] | None) -> bytes:

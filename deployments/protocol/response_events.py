@@ -70,7 +70,7 @@ class ResponseEvents:
         self._is_open = False
         self._finish: str | None = None
 
-    def open(self) -> bytes:
+    def open(self, usage: Usage | None = None) -> bytes:
         self._is_open = True
         begun = {"response": response(self._head, self._request, "in_progress", [])}
         return self._event("response.created", begun) + self._event("response.in_progress", begun)
