@@ -14,7 +14,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from deployments.api.record import GOOD_ID
 from deployments.error_page import page
 from deployments.protocol.anthropic_events import error_body
 from deployments.protocol.errors import (
@@ -56,7 +55,6 @@ class Front:
             return
         _tidy(scope)
         _take_deadline(scope)
-        _drop_bad_id(scope)
         held: Message | None = None
         started = False
 
@@ -117,11 +115,6 @@ def _take_deadline(scope: Scope) -> None:
     if is_deadline and _OUR_TIMEOUT not in given:
         rest.append((_OUR_TIMEOUT, value))
     scope["headers"] = rest
-
-
-def _drop_bad_id(scope: Scope) -> None:
-    """Serve would send back any x-request-id; where there is none it makes one."""
-    scope["headers"] = [pair for pair in scope["headers"] if pair[0] != b"x-request-id" or GOOD_ID.fullmatch(pair[1])]
 
 
 def _is_json(start: Message) -> bool:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api.metrics import Metrics
-from deployments.api.record import GOOD_ID, Record
+from deployments.api.record import Record
 from deployments.api.tracing import Tracer
 from deployments.protocol.anthropic_events import error_body
 from deployments.protocol.body import ClientGone

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from dataclasses import dataclass, field
 
 import orjson
 
 log = logging.getLogger("mini_llm.access")
-
-GOOD_ID = re.compile(rb"[\x21-\x7e]{1,128}")  # of a client's own name for its request; another one is replaced
 
 PROBES = frozenset({"/health", "/ready", "/metrics"})  # asked every second or so by machines; logged at DEBUG
 
