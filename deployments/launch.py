@@ -20,6 +20,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 STARTING_POLL_S = 0.3
 RUNNING_POLL_S = 2.0
 ANSWER_S = 30.0  # from "the application runs" to an answer through the proxy; seen: 0.5 to 3 s
-# Whoever presses Ctrl-C does not want to wait: running requests get GRACE_S to end by themselves. Serve's shutdown takes 2 to
-# 4 s, and Ray's own end two more.
+# Whoever presses Ctrl-C does not want to wait: running requests get GRACE_S to end (after SIGTERM drain_timeout_s).
+# Serve's shutdown takes 2 to 4 s, and Ray's own end two more.
 GRACE_S = 1.0
 FAREWELL_S = 3.0  # until the HTTP replicas have told their clients
 SHUTDOWN_S = 4.0
@@ -43,6 +44,10 @@ _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 
 class DeploymentFailed(MiniLLMError):
     """Serve gave up on the application; the text is what it knows, without the tracebacks."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which service managers send: those who wait for answers come first."""
 
 
 def main(argv: list[str]) -> int:
@@ -77,7 +82,7 @@ def _serve(config: ServeDeploySchema) -> int:
         context = ray.init(namespace="serve", logging_level=logging.WARNING)
     except (OSError, RuntimeError, ValueError) as error:
         return _fail(f"Ray did not start: {error}")
-    failure = None
+    failure, graces = None, dict[str, float]()
     try:
         _catch_signals()  # again: Ray has put a handler of its own in the place of ours
         _deploy(config)
@@ -87,10 +92,12 @@ def _serve(config: ServeDeploySchema) -> int:
         _watch()
     except DeploymentFailed as error:
         failure = error
+    except Terminated:
+        graces = _drain_timeouts(config)
     except KeyboardInterrupt:
         pass
     finally:
-        _stop()
+        _stop(graces)
     return 0 if failure is None else _fail(failure)
 
 
@@ -191,27 +198,40 @@ def _announce(config: ServeDeploySchema, dashboard: str | None, seconds: float) 
     print("\n".join(["", *lines, "stop        Ctrl-C", ""]), flush=True)
 
 
-def _stop() -> None:
-    """Requests first, then Serve, so that replicas end in order; then Ray, if it is ours, with whatever is left."""
+def _drain_timeouts(config: ServeDeploySchema) -> dict[str, float]:
+    """Seconds by application."""
+    from deployments.settings import AppArgs
+
+    default = AppArgs.model_fields["drain_timeout_s"].default
+    return {one.name: float(one.args.get("drain_timeout_s", default)) for one in config.applications}
+
+
+def _stop(graces: Mapping[str, float]) -> None:
+    """Requests first, then Serve, so that replicas end in order; then Ray, if it is ours, with whatever is left.
+
+    graces: seconds that the running requests of an application get; GRACE_S if it is not there.
+    """
     import ray
     from ray import serve
 
-    _say("stopping")
-    with suppress(KeyboardInterrupt):  # a second Ctrl-C: no more patience
-        for work, seconds in ((_end_requests, FAREWELL_S), (serve.shutdown, SHUTDOWN_S)):
+    longest = max(graces.values(), default=GRACE_S)
+    _say(f"stopping: running requests get {longest:g} s, or until Ctrl-C" if graces else "stopping")
+    with suppress(KeyboardInterrupt):  # a second signal: no more patience
+        for work, seconds in ((partial(_end_requests, graces), longest + FAREWELL_S), (serve.shutdown, SHUTDOWN_S)):
             thread = threading.Thread(target=_quietly, args=(work,), daemon=True)
             thread.start()
             thread.join(seconds)
     ray.shutdown()
 
 
-def _end_requests() -> None:
+def _end_requests(graces: Mapping[str, float]) -> None:
     """Streams end whole, or with an error in our envelope: Serve would cut them."""
     from ray import serve
 
-    calls = [serve.get_app_handle(name).broadcast("stop", GRACE_S) for name in serve.status().applications]
-    for call in calls:
-        call.results(timeout_s=FAREWELL_S, return_exceptions=True)
+    seconds = {name: graces.get(name, GRACE_S) for name in serve.status().applications}
+    calls = {name: serve.get_app_handle(name).broadcast("stop", seconds[name]) for name in seconds}
+    for name, call in calls.items():
+        call.results(timeout_s=seconds[name] + FAREWELL_S, return_exceptions=True)
 
 
 def _quietly(call: Any) -> None:
@@ -263,11 +283,11 @@ def _environment(folder: Path) -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 def _catch_signals() -> None:
-    """SIGTERM acts as Ctrl-C does, and Ctrl-C acts even if the parent had it ignored (as shells do for `&`)."""
+    """Ctrl-C acts even if the parent had it ignored (as shells do for `&`)."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
 
