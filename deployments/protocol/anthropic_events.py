@@ -115,10 +115,14 @@ def _event(kind: str, content: dict[str, Any]) -> bytes:
 
 
 def _error(error: ApiError) -> dict[str, Any]:
-    """It has no `param`: the message says where, if it does not already."""
+    """It has no `param`: the message says where, if it does not already. `details` make Anthropic's tool runner go on without
+    a thread, with all messages."""
     message = error.message if error.param is None or error.param in error.message else f"{error.param}: {error.message}"
     default = "api_error" if error.status >= 500 else "invalid_request_error"
-    return {"type": "error", "error": {"type": _ERROR_TYPES.get(error.status, default), "message": message}}
+    said: dict[str, Any] = {"type": _ERROR_TYPES.get(error.status, default), "message": message}
+    if error.param == "thread":
+        said["details"] = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+    return {"type": "error", "error": said}
 
 
 def _stop(finish: str | None, stop: str | int | None) -> dict[str, Any]:

@@ -135,6 +135,8 @@ FIELDS: tuple[Field, ...] = (
     Field("top_logprobs", "refused", RESPONSES, "Use /v1/chat/completions.", (0,)),
     Field("truncation", "refused", RESPONSES, "Use truncate_prompt_tokens.", ("disabled",)),
     Field("max_tool_calls", "refused", RESPONSES, "It is about tools that a server runs. " + _HOSTED),
+    Field("thread", "refused", MESSAGES, "Answers are not stored here: send the whole conversation as messages."),
+    Field("compaction", "refused", MESSAGES, "This server writes no summaries: ask the model for one in a message."),
     Field("context_management", "refused", DIALECTS, "The whole conversation is sent each time; leave out what is old.", ([],)),
     Field("thinking", "refused", MESSAGES, "Its models do not think apart from answers.", ({"type": "disabled"},)),
     Field("output_format", "refused", MESSAGES, "It was replaced by output_config.format."),

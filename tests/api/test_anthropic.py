@@ -133,6 +133,7 @@ def test_what_is_longer_than_the_context_is_counted_too(server, chars):
     ({"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "x", "name": "f", "input": "a"}]}]},
      "'messages[0].content[0].input'"),
     ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "'thinking'"),
+    ({"compaction": {"type": "summarize"}}, "'compaction'"),
 ])  # fmt: skip
 def test_what_is_refused(server, fields, words):
     for stream in (False, True):
@@ -140,6 +141,15 @@ def test_what_is_refused(server, fields, words):
         assert status == 400 and answer["error"]["type"] == "invalid_request_error" and words in answer["error"]["message"]
         assert answer["type"] == "error" and answer["request_id"] == headers["x-request-id"] == headers["request-id"]
         assert answer.keys() == {"type", "error", "request_id"} and not server.fake.requests
+
+
+def test_conversations_are_not_stored(server):
+    """Anthropic's tool runner reads the details, and sends all messages from then on; else it would send the newest alone."""
+    thread = {"type": "create"}
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        status, _, answer = post(server, path, thread=thread)
+        assert status == 400 and "send the whole conversation" in answer["error"]["message"]
+        assert answer["error"]["details"] == {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
 
 
 def test_errors_of_every_layer_have_anthropics_envelope(server, fresh_server):

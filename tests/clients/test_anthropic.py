@@ -42,6 +42,20 @@ def test_tools(served, client):
     assert "Sun in Paris" in served.prompt
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_tool_runner(served, client, streamed):
+    @anthropic.beta_tool
+    def get_weather(city: str) -> str:
+        """The weather of a city."""
+        return f"Sun in {city}"
+
+    served.says(served.CALL, "It is sunny.")
+    ask = {"model": served.model, "max_tokens": 200, "messages": USER, "tools": [get_weather], "stream": streamed}
+    answers = [part.get_final_message() if streamed else part for part in client.beta.messages.tool_runner(**ask)]
+    assert [answer.stop_reason for answer in answers] == ["tool_use", "end_turn"]
+    assert "user\nhi" in served.prompt and "Sun in Paris" in served.prompt
+
+
 def test_counting_and_errors(served, client):
     count = client.messages.count_tokens(model=served.model, messages=USER)
     assert count.input_tokens == client.messages.create(model=served.model, max_tokens=5, messages=USER).usage.input_tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
@@ -89,8 +89,11 @@ class MessageStop(TypedDict):
 
 
 class AnthropicErrorDetail(TypedDict):
+    """`details` tell Anthropic's clients that the field `thread` is refused."""
+
     type: str
     message: str
+    details: NotRequired[dict[str, Any]]
 
 
 class AnthropicErrorEvent(TypedDict):
