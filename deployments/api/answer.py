@@ -23,6 +23,7 @@ from deployments.api.timings import decode_seconds, timings
 from deployments.protocol.errors import ApiError
 from deployments.protocol.events import (
     DONE,
+    HEARTBEAT,
     ChatEvents,
     Line,
     TextEvents,
@@ -192,6 +193,7 @@ class StreamedAnswer(Answer):
     """The 200 is held back until the first tokens (or the first heartbeat), so that earlier errors are plain JSON."""
 
     _sse: SseWriter | None = None
+    _heartbeat = HEARTBEAT  # once the answer has begun
     _prompts: list[dict[str, Any]]  # per choice, filled for its first event: see Job.prompt_json
 
     def blocked_since(self) -> float | None:
@@ -214,6 +216,7 @@ class StreamedAnswer(Answer):
                 is_open[i] = True
                 self._prompts[i].update(await job.prompt_json(service, choice))
                 sse.add(line.open(usage))
+                sse.heartbeat = self._heartbeat
             shown = None
             writer = logprobs[i]
             if writer is not None and (entries := choice.take_entries()):

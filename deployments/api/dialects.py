@@ -103,6 +103,8 @@ class WholeMessage(WholeAnswer):
 
 
 class StreamedMessage(StreamedAnswer):
+    _heartbeat = anthropic_events.PING
+
     def __init__(self, service: Service, job: Job) -> None:
         super().__init__(service, job)
         self._events = anthropic_events.AnthropicEvents(job.head, len(job.prompts[0]))

@@ -21,13 +21,14 @@ class SseWriter:
 
     A reader that stops reading blocks flush() (the server's flow control), which stops the consumption of tokens: at
     most one list of events per choice waits here, and what the engine makes meanwhile goes out as one chunk later.
-    Heartbeats are comments after `heartbeat_s` seconds without events, also before the first. send_start passes the
+    `heartbeat` goes out after `heartbeat_s` seconds without events, also before the first. send_start passes the
     layers that look at the response's start; send goes past them: each would cost a coroutine per token only to hand
     the message on.
     """
 
     def __init__(self, send_start: Send, send: Send, heartbeat_s: float) -> None:
         self.started = False
+        self.heartbeat = HEARTBEAT
         self.blocked_since: float | None = None  # time.perf_counter, while the server waits for the reader
         self._send_start = send_start
         self._send = send
@@ -78,7 +79,7 @@ class SseWriter:
     def _tick(self) -> None:
         idle = self._loop.time() - self._last
         if idle >= self._heartbeat_s and not self._lock.locked():
-            self.add(HEARTBEAT)
+            self.add(self.heartbeat)
             self._beat = self._loop.create_task(self.flush())
             idle = 0.0
         self._timer = self._loop.call_later(self._heartbeat_s - min(idle, self._heartbeat_s * 0.9), self._tick)

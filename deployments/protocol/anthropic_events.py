@@ -55,6 +55,9 @@ def _tool_use(id: str, name: str, given: dict[str, Any]) -> dict[str, Any]:
     return {"type": "tool_use", "id": id, "name": name, "input": given}
 
 
+PING = b'event: ping\ndata: {"type":"ping"}\n\n'  # a heartbeat, but for those before message_start
+
+
 class AnthropicEvents:
     """Event bytes of one streamed message; prompt_tokens: of its prompt. A block ends when another thing comes."""
 

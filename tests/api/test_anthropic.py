@@ -79,6 +79,15 @@ def test_the_events_of_a_stream(server):
     assert events(server, stop_sequences=["!"])[-2]["delta"] == {"stop_reason": "stop_sequence", "stop_sequence": "!"}
 
 
+def test_heartbeats_are_pings(server):
+    """But for those before the message begins."""
+    server.limits.heartbeat_s, server.fake.first_delay, server.fake.delay = 0.05, 0.13, 0.13
+    raw = server.raw("POST", "/v1/messages", {**BASE, "stream": True, "max_tokens": 2})[2].decode()
+    before, after = raw.split("event: message_start")
+    assert set(before.split("\n\n")) == {": keep-alive", ""} and ": keep-alive" not in after
+    assert after.count('event: ping\ndata: {"type":"ping"}\n\n') >= 2 and after.endswith('data: {"type":"message_stop"}\n\n')
+
+
 def test_a_stream_that_fails(server):
     server.fake.failure, server.fake.fail_after = ReplicaLost("gone"), 1
     last = events(server)[-1]

@@ -88,6 +88,10 @@ class MessageStop(TypedDict):
     type: Literal["message_stop"]
 
 
+class Ping(TypedDict):
+    type: Literal["ping"]
+
+
 class AnthropicErrorDetail(TypedDict):
     """`details` tell Anthropic's clients that the field `thread` is refused."""
 
@@ -116,5 +120,6 @@ AnyMessageEvent = (
     | ContentBlockStop
     | MessageDelta
     | MessageStop
+    | Ping
     | AnthropicErrorEvent
 )
