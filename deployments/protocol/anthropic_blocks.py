@@ -17,7 +17,11 @@ BLOCKS_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"anyO
                     "input": {"type": "object"}}},
     {"type": "object", "required": ["type", "tool_use_id"],
      "properties": {"type": {"const": "tool_result"}, "tool_use_id": {"type": "string"}}},
+    {"type": "object", "required": ["type"], "properties": {"type": {"enum": ["thinking", "redacted_thinking"]}}},
 ]}}]}  # fmt: skip
+
+
+_THOUGHTS = ("thinking", "redacted_thinking")  # of another model in an earlier turn: as at Anthropic without thinking, left out
 
 
 def chat_messages(messages: list[Any]) -> list[Message]:
@@ -62,7 +66,7 @@ def _of_assistant(blocks: list[dict[str, Any]], path: str, calls: set[str]) -> M
             given = orjson.dumps(_field(block, "input", dict, where)).decode()
             made.append(ToolCall(id=id, function=FunctionCall(name=name, arguments=given)))
             calls.add(id)
-        else:
+        elif block.get("type") not in _THOUGHTS:
             raise _unsupported(where, "text or tool_use")
     return Message(role="assistant", content="\n".join(texts), tool_calls=made or None)
 

@@ -80,6 +80,7 @@ def parse_anthropic(body: dict[str, Any], limits: Limits) -> tuple[ChatRequest, 
         tool_choice=_choice(request.tool_choice),
         parallel_tool_calls=not request.tool_choice.disable_parallel_tool_use,
         continue_final_message=messages[-1].role == "assistant",
+        reasoning_effort=request.output_config.effort,
         chat_template_kwargs=request.chat_template_kwargs,
     )
     request.output_config.check("output_config")

@@ -45,12 +45,14 @@ def _ignored(names: str, endpoints: tuple[Endpoint, ...] = BOTH, note: str = "")
 
 _HOSTED = "This server runs no tools itself; describe functions in tools, and run them in the client."
 _MEMORY = "Answers are not stored here: send the whole conversation as input."
+_DISPLAYS: tuple[dict[str, str], ...] = ({}, {"display": "summarized"}, {"display": "omitted"})
 _NEVER = "This server serves text models only."
 
 FIELDS: tuple[Field, ...] = (
     *_served("model", BOTH + RESPONSES + TOKENIZE + DETOKENIZE, "optional while one model is served"),
     *_served("model", MESSAGES),
-    *_served("messages", CHAT + MESSAGES),
+    *_served("messages", CHAT),
+    *_served("messages", MESSAGES, "text, calls and their results; thinking is not shown to models"),
     *_served("prompt messages return_token_strs", TOKENIZE),
     *_served("add_special_tokens", TOKENIZE, "with a prompt"),
     *_served("add_generation_prompt continue_final_message chat_template_kwargs", TOKENIZE, "with messages, as in chat"),
@@ -86,7 +88,7 @@ FIELDS: tuple[Field, ...] = (
     *_served("tools", TOKENIZE, "functions, with messages: as in chat with tool_choice 'auto'"),
     *_served("tool_choice", CHAT + RESPONSES + MESSAGES, "only tools that may be called are shown to the model"),
     *_served("parallel_tool_calls", CHAT + RESPONSES, "false ends the answer with its first call, true with its 32nd"),
-    *_served("input", RESPONSES, "a string, or messages of text"),
+    *_served("input", RESPONSES, "a string, or messages of text, calls and their results; reasoning is not shown to models"),
     *_served("instructions max_output_tokens", RESPONSES),
     *_served("metadata", RESPONSES, "comes back in the answer"),
     *_served("reasoning", RESPONSES, "its effort is given to the model's chat template, which may use it"),
@@ -94,7 +96,8 @@ FIELDS: tuple[Field, ...] = (
              "is held, or refused; beside tools it holds for answers without calls"),
     *_served("structured_outputs", ALL, "vLLM's: one of json, json_object, regex, choice and grammar (not beside tools)"),
     *_served("text", RESPONSES, "its format, as response_format in chat"),
-    *_served("output_config", MESSAGES, "its format, as response_format in chat; others of its members are refused"),
+    *_served("output_config", MESSAGES, "its format, as response_format in chat; its effort is given to the chat template; "
+                                        "others of its members are refused"),
     *_served("system", MESSAGES, "a string, or text blocks"),
     *_served("stop_sequences", MESSAGES),
     *_ignored("user safety_identifier service_tier", BOTH + RESPONSES, "for the provider's books"),
@@ -131,14 +134,16 @@ FIELDS: tuple[Field, ...] = (
     Field("conversation", "refused", RESPONSES, _MEMORY),
     Field("prompt", "refused", RESPONSES, "Prompt templates are not stored here: send input and instructions."),
     Field("background", "refused", RESPONSES, "Answers are not stored here, so nobody could fetch one later.", (False,)),
-    Field("include", "refused", RESPONSES, "There is nothing to include: no hosted tools or stored items, no logprobs.", ([],)),
+    Field("include", "refused", RESPONSES, "There is nothing to include: no hosted tools or stored items, no logprobs.",
+          ([], ["reasoning.encrypted_content"])),
     Field("top_logprobs", "refused", RESPONSES, "Use /v1/chat/completions.", (0,)),
     Field("truncation", "refused", RESPONSES, "Use truncate_prompt_tokens.", ("disabled",)),
     Field("max_tool_calls", "refused", RESPONSES, "It is about tools that a server runs. " + _HOSTED),
     Field("thread", "refused", MESSAGES, "Answers are not stored here: send the whole conversation as messages."),
     Field("compaction", "refused", MESSAGES, "This server writes no summaries: ask the model for one in a message."),
     Field("context_management", "refused", DIALECTS, "The whole conversation is sent each time; leave out what is old.", ([],)),
-    Field("thinking", "refused", MESSAGES, "Its models do not think apart from answers.", ({"type": "disabled"},)),
+    Field("thinking", "refused", MESSAGES, "Its models do not think apart from answers.",
+          ({"type": "disabled"}, *({"type": "adaptive", **display} for display in _DISPLAYS))),
     Field("output_format", "refused", MESSAGES, "It was replaced by output_config.format."),
     Field("mcp_servers", "refused", MESSAGES, _HOSTED, ([],)),
     Field("container", "refused", MESSAGES, "There are no containers here."),

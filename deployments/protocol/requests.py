@@ -33,6 +33,7 @@ from deployments.protocol.values import (
     INT64,
     PROMPT_SCHEMA,
     STOP_SCHEMA,
+    Effort,
     Float,
     Int,
     LastTokens,
@@ -146,7 +147,7 @@ class ChatRequest(GenerationRequest):
     tools: Tools = []
     tool_choice: Choice = None
     parallel_tool_calls: StrictBool = True
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Effort | None = None
     add_generation_prompt: StrictBool | None = None  # true unless the last message is continued
     continue_final_message: StrictBool = False
     chat_template_kwargs: dict[str, Any] = {}

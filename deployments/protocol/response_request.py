@@ -13,7 +13,7 @@ from deployments.protocol.requests import ChatRequest, FunctionCall, Message, Sa
 from deployments.protocol.structured import TextOptions, one_grammar
 from deployments.protocol.tools import MAX_TOOLS, FlatChoice, FlatTool, ToolChoice
 from deployments.protocol.validation import expected, json_type
-from deployments.protocol.values import Int, Nested, part_schema
+from deployments.protocol.values import Effort, Int, Nested, part_schema
 
 _TEXT_PARTS = ("input_text", "output_text", "text", "refusal")
 _PARTS_SCHEMA = {"type": "array", "items": part_schema("input_text", "output_text", "text")}
@@ -29,18 +29,31 @@ _ITEM_SCHEMA = {"anyOf": [
      "properties": {"type": {"const": "function_call"}, **_CALL, "role": _ROLE}},
     {"type": "object", "required": ["type", "call_id", "output"],
      "properties": {"type": {"const": "function_call_output"}, **_CALL, "role": _ROLE, "output": _TEXT_SCHEMA}},
+    {"type": "object", "required": ["type"], "properties": {"type": {"const": "reasoning"}, **_CALL, "role": _ROLE}},
 ]}  # fmt: skip
 _INPUT_SCHEMA = {
     "anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "maxItems": 4096, "items": _ITEM_SCHEMA}]
 }
 
 
+def _item_type(value: Any) -> Any:
+    if not isinstance(value, str) or value not in _NEEDED:
+        words = "Expected an item of type {known}, but got '{kind}': hosted tools and stored items are not supported"
+        raise PydanticCustomError("item_type", words, {"known": ", ".join(map(repr, _NEEDED)), "kind": str(value)[:40]})
+    return value
+
+
+_NEEDED = {"message": ("role", "content"), "function_call": ("call_id", "name", "arguments"),
+           "function_call_output": ("call_id", "output"), "reasoning": ()}  # fmt: skip
+
+
 class InputItem(Nested):
-    """A message of the conversation, a call of a function in it, or the result of one."""
+    """A message of the conversation, a call of a function in it, the result of one, or what another model thought."""
 
     model_config = ConfigDict(extra="ignore")
 
-    type: Literal["message", "function_call", "function_call_output"] = "message"
+    type: Annotated[Literal["message", "function_call", "function_call_output", "reasoning"],
+                    BeforeValidator(_item_type)] = "message"  # fmt: skip
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: Any = None
     call_id: StrictStr | None = None
@@ -49,14 +62,10 @@ class InputItem(Nested):
     output: Any = None
 
 
-_NEEDED = {"message": ("role", "content"), "function_call": ("call_id", "name", "arguments"),
-           "function_call_output": ("call_id", "output")}  # fmt: skip
-
-
 class Reasoning(Nested):
     model_config = ConfigDict(extra="ignore")
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    effort: Effort | None = None
 
 
 def _input(value: Any) -> Any:
@@ -64,12 +73,6 @@ def _input(value: Any) -> Any:
         return [InputItem(role="user", content=value)]
     if not isinstance(value, list):
         raise expected("one of a string or array of items", value)
-    for item in value:
-        kind = item.get("type") if isinstance(item, dict) else None
-        if kind is not None and (not isinstance(kind, str) or kind not in _NEEDED):
-            words = ("Expected items of type 'message', 'function_call' or 'function_call_output', but got '{kind}': "
-                     "hosted tools and stored items are not supported")  # fmt: skip
-            raise PydanticCustomError("item_type", words, {"kind": str(kind)[:40]})
     return value
 
 
@@ -105,7 +108,8 @@ def parse_response(body: dict[str, Any], limits: Limits) -> tuple[ResponseReques
 
 
 def _messages(items: list[InputItem]) -> list[Message]:
-    """Calls belong to the assistant's message before them, if there is one. Raises ApiError 400."""
+    """Calls belong to the assistant's message before them, if there is one; reasoning is not shown to models. Raises ApiError
+    400."""
     messages: list[Message] = []
     calls: set[str] = set()
     for i, item in enumerate(items):
@@ -114,6 +118,8 @@ def _messages(items: list[InputItem]) -> list[Message]:
             if getattr(item, name) is None:
                 where = f"{path}.{name}"
                 raise bad_request(f"Missing required parameter: '{where}'.", param=where, code="missing_required_parameter")
+        if item.type == "reasoning":
+            continue
         if item.type == "message":
             messages.append(Message(role=item.role, content=_text(item.content, f"{path}.content")))  # type: ignore[arg-type]
         elif item.type == "function_call":
@@ -127,6 +133,8 @@ def _messages(items: list[InputItem]) -> list[Message]:
                               param=f"{path}.call_id")  # fmt: skip
         else:
             messages.append(Message(role="tool", tool_call_id=item.call_id, content=_text(item.output, f"{path}.output")))
+    if not messages:
+        raise bad_request("Invalid 'input': it has nothing but reasoning, which is not shown to models.", param="input")
     return messages
 
 

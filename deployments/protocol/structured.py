@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from deployments.protocol.errors import ApiError, bad_request, unsupported
 from deployments.protocol.validation import expected
-from deployments.protocol.values import Nested
+from deployments.protocol.values import Effort, Nested
 from model_core.errors import RequestError
 from model_core.grammar.spec import GrammarSpec, of_choice, of_ebnf, of_json_object, of_regex, of_schema
 
@@ -92,18 +92,19 @@ class MessageFormat(Nested):
 
 
 class OutputConfig(Nested):
-    """Of /v1/messages: its format. Other members ask for what this server cannot do."""
+    """Of /v1/messages. Other members ask for what this server cannot do."""
 
     model_config = ConfigDict(extra="allow")
 
     format: MessageFormat | None = None
+    effort: Effort | None = None  # of thinking
 
     def check(self, path: str) -> None:
         """Raises ApiError 400."""
-        reasons = {"effort": "Its models know no degrees of it.", "task_budget": "Its models see no budget: use max_tokens."}
+        reasons = {"task_budget": "Its models see no budget: use max_tokens."}
         for name in self.model_extra or ():
             words = f"Unsupported parameter: '{path}.{name}' is not supported by this server."
-            raise unsupported(f"{path}.{name}", f"{words} {reasons.get(name, 'Only format is.')}")
+            raise unsupported(f"{path}.{name}", f"{words} {reasons.get(name, 'Only format and effort are.')}")
 
 
 def _schema(value: Any) -> Any:

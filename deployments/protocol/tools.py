@@ -41,10 +41,10 @@ class FlatTool(Function):
     @model_validator(mode="before")
     @classmethod
     def _is_function(cls, value: Any) -> Any:
-        kind = value.get("type") if isinstance(value, dict) else "function"
-        if kind != "function":
+        kind = value.get("type") if isinstance(value, dict) else None
+        if isinstance(kind, str) and kind != "function":
             words = "Expected a tool of type 'function', but got '{kind}': this server runs no tools itself"
-            raise PydanticCustomError("tool_type", words, {"kind": str(kind)[:40]})
+            raise PydanticCustomError("unsupported", words, {"kind": kind[:40]})
         return value
 
     def nested(self) -> Tool:

@@ -76,6 +76,13 @@ def translate(error: ValidationError) -> ApiError:
             param=name,
             code="empty_array",
         )
+    if kind == "too_long" and isinstance(value, dict):
+        return bad_request(
+            f"Invalid '{name}': too many properties. Expected an object with at most {context['max_length']} properties, "
+            f"but got an object with {len(value)} properties instead.",
+            param=name,
+            code="object_above_max_properties",
+        )
     if kind == "too_long":
         return bad_request(
             f"Invalid '{name}': array too long. Expected an array with maximum length {context['max_length']}, "
@@ -87,7 +94,8 @@ def translate(error: ValidationError) -> ApiError:
         return bad_request(
             f"Invalid value: {_brief(value)}. Supported values are: {context['expected']}.", param=name
         )
-    return bad_request(f"Invalid '{name}': {first['msg']}.", param=name)
+    code = "unsupported_parameter" if kind == "unsupported" else "invalid_value"
+    return bad_request(f"Invalid '{name}': {first['msg']}.", param=name, code=code)
 
 
 def field_path(loc: tuple[int | str, ...]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
@@ -97,6 +97,7 @@ class Nested(BaseModel):
 
 Int = Annotated[int, BeforeValidator(_whole), Field(strict=True)]
 Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]  # of reasoning
 TokenId = Annotated[Int, Field(ge=0)]
 LastTokens = Annotated[
     Int, Field(ge=-1), AfterValidator(_not_zero), WithJsonSchema({"type": "integer", "minimum": -1, "not": {"const": 0}})

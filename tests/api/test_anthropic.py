@@ -5,6 +5,7 @@ import json
 import pytest
 
 from deployments.transport.base import ReplicaLost
+from tests.api.conftest import TEMPLATE
 
 TOOLS = [{"name": "f", "input_schema": {"type": "object"}}]
 BASE = {"model": "acme/tiny", "max_tokens": 20, "messages": [{"role": "user", "content": "hi"}]}
@@ -48,6 +49,19 @@ def test_blocks_are_text(server):
     server.chat(messages=[{"role": "system", "content": "a\nb"}, {"role": "user", "content": "a\nb"}])
     first, second = server.fake.requests
     assert first.prompt_ids == second.prompt_ids
+
+
+def test_thinking_of_other_models_is_not_shown(server, fresh_server):
+    thought = [{"type": "thinking", "thinking": "hm", "signature": "x"}, {"type": "redacted_thinking", "data": "y"}]
+    for blocks in (thought, []):
+        said = {"role": "assistant", "content": [*blocks, {"type": "text", "text": "b"}]}
+        status, _, _ = post(server, thinking={"type": "adaptive"}, messages=[*BASE["messages"], said, *BASE["messages"]])
+        assert status == 200
+    first, second = server.fake.requests
+    assert first.prompt_ids == second.prompt_ids
+    other = fresh_server(template=TEMPLATE + "{{ reasoning_effort }}")
+    post(other, output_config={"effort": "max"})
+    assert bytes(i for i in other.fake.requests[0].prompt_ids if i < 256).decode().endswith("assistant\nmax")
 
 
 def test_why_it_stopped(server):
@@ -141,6 +155,8 @@ def test_what_is_longer_than_the_context_is_counted_too(server, chars):
         {"type": "tool_use", "id": "x", "name": "f", "input": {}}]}]}, "its result is missing"),
     ({"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "x", "name": "f", "input": "a"}]}]},
      "'messages[0].content[0].input'"),
+    ({"thinking": {"type": "between_tools"}}, "'thinking'"),
+    ({"output_config": {"effort": "most"}}, "output_config.effort: Invalid value"),
     ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "'thinking'"),
     ({"compaction": {"type": "summarize"}}, "'compaction'"),
 ])  # fmt: skip

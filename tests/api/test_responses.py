@@ -48,6 +48,19 @@ def test_conversations_make_the_prompt_of_a_chat(server):
     assert first.prompt_ids == second.prompt_ids
 
 
+def test_reasoning_of_other_models_is_not_shown(server):
+    thought = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "x"}
+    said = {"role": "assistant", "content": "c"}
+    items = [{"role": "user", "content": "a"}, thought, said, {"role": "user", "content": "d"}]
+    client = server.client(_strict_response_validation=True)
+    answer = client.responses.create(model="acme/tiny", input=items, reasoning={"effort": "max", "summary": "auto"},
+                                     include=["reasoning.encrypted_content"])  # fmt: skip
+    assert answer.reasoning.effort == "max"
+    client.responses.create(model="acme/tiny", input=[item for item in items if item != thought])
+    first, second = server.fake.requests
+    assert first.prompt_ids == second.prompt_ids
+
+
 def test_an_answer_cut_by_its_limit_is_incomplete(server):
     answer = server.client().responses.create(model="acme/tiny", input="hi", max_output_tokens=2)
     assert answer.status == "incomplete" and answer.incomplete_details.reason == "max_output_tokens"
@@ -114,18 +127,22 @@ def test_extras_reach_the_engine(server):
      "unsupported_content_part", "input[0].content[0]"),
     ({"input": [{"type": "function_call", "name": "f"}]}, "missing_required_parameter", "input[0].call_id"),
     ({"input": [{"type": "function_call_output", "call_id": "c", "output": "1"}]}, "invalid_value", "input[0].call_id"),
-    ({"input": [{"type": "web_search_call", "id": "x"}]}, "invalid_value", "input"),
-    ({"input": [{"type": "item_reference", "id": "x"}]}, "invalid_value", "input"),
+    ({"input": [{"role": "user", "content": "a"}, {"type": "web_search_call", "id": "x"}]}, "invalid_value", "input[1].type"),
+    ({"input": [{"type": "item_reference", "id": "x"}]}, "invalid_value", "input[0].type"),
+    ({"input": [{"type": "reasoning", "id": "x", "summary": []}]}, "invalid_value", "input"),
     ({"input": "y" * 300}, "context_length_exceeded", "input"),
     ({"max_output_tokens": 0}, "integer_below_min_value", "max_output_tokens"),
     ({"max_output_tokens": 10**6}, "integer_above_max_value", "max_output_tokens"),
     ({"temperature": 3}, "decimal_above_max_value", "temperature"),
     ({"metadata": {"a": 1}}, "invalid_type", "metadata.a"),
+    ({"metadata": {str(i): "a" for i in range(17)}}, "object_above_max_properties", "metadata"),
     ({"reasoning": {"effort": "most"}}, "invalid_value", "reasoning.effort"),
     ({"previous_response_id": "resp_1"}, "unsupported_parameter", "previous_response_id"),
     ({"conversation": "conv_1"}, "unsupported_parameter", "conversation"),
     ({"background": True}, "unsupported_parameter", "background"),
-    ({"tools": [{"type": "web_search"}]}, "invalid_value", "tools[0]"),
+    ({"tools": [{"type": "web_search"}]}, "unsupported_parameter", "tools[0]"),
+    ({"tools": [{"name": "f"}]}, "missing_required_parameter", "tools[0].type"),
+    ({"tools": [{"type": 3, "name": "f"}]}, "invalid_value", "tools[0].type"),
     ({"tools": [{"type": "function", "name": ""}]}, "invalid_value", "tools[0].name"),
     ({"tool_choice": {"type": "function", "name": "f"}}, "invalid_value", "tool_choice"),
     ({"max_tool_calls": 3}, "unsupported_parameter", "max_tool_calls"),

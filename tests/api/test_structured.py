@@ -213,7 +213,7 @@ def test_no_form_at_all(server, fields) -> None:
 
 
 def test_an_output_config_without_a_format(server) -> None:
-    for config in ({}, None, {"format": None}, {"effort": None}):
+    for config in ({}, None, {"format": None}, {"effort": None}, {"effort": "max"}):
         assert post(server, MESSAGES, output_config=config)[0] == 200
         assert server.fake.requests[-1].params.grammar is None
 
@@ -231,7 +231,7 @@ DEEP = "at '#/properties/a/uniqueItems'"
     (MESSAGES, {"output_config": {"format": {"type": "json_schema", "schema": BAD}}}, None, None, DEEP),
     (MESSAGES, {"output_config": {"format": {"type": "json_schema"}}}, None, None, "'output_config.format.schema'"),
     (MESSAGES, {"output_config": {"format": {"type": "text", "schema": {}}}}, None, None, "'json_schema'"),
-    (MESSAGES, {"output_config": {"effort": "low"}}, None, None, "'output_config.effort' is not supported"),
+    (MESSAGES, {"output_config": {"task_budget": {}}}, None, None, "'output_config.task_budget' is not supported"),
     (MESSAGES, {"output_config": {"task_budget": {}}}, None, None, "use max_tokens"),
     (MESSAGES, {"output_config": {"x": 1}}, None, None, "'output_config.x'"),
     (MESSAGES, {"output_config": []}, None, None, "'output_config'"),
