@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictStr, 
 from deployments.protocol.anthropic_blocks import BLOCKS_SCHEMA, chat_messages, text_of
 from deployments.protocol.errors import bad_request
 from deployments.protocol.limits import Limits
-from deployments.protocol.requests import ChatRequest, Message, SamplingRequest, parse_fields
+from deployments.protocol.requests import ChatRequest, Message, SamplingRequest, check_stops, parse_fields
 from deployments.protocol.structured import OutputConfig, one_grammar
 from deployments.protocol.tools import MAX_TOOLS, Function, FunctionName, Tool, ToolChoice
 from deployments.protocol.values import STOP_SCHEMA, Float, Int, Nested, as_stops
@@ -62,20 +62,14 @@ class AnthropicRequest(SamplingRequest):
 def parse_anthropic(body: dict[str, Any], limits: Limits) -> tuple[ChatRequest, list[str]]:
     """The validated request as a chat request, and the names of unknown fields. Raises ApiError 400."""
     request, unknown = parse_fields(AnthropicRequest, "messages", body)
-    stops = request.stop_sequences
-    if len(stops) > limits.max_stop_strings:
-        raise bad_request(
-            f"Invalid 'stop_sequences': at most {limits.max_stop_strings} are possible, but got {len(stops)}.",
-            param="stop_sequences",
-            code="array_above_max_length",
-        )
+    check_stops(request.stop_sequences, limits, "stop_sequences")
     messages = [] if request.system is None else [Message(role="system", content=text_of(request.system, "system"))]
     messages += chat_messages(request.messages)
     chat = ChatRequest.model_construct(
         **{name: getattr(request, name) for name in SamplingRequest.model_fields},
         messages=messages,
         max_tokens=request.max_tokens,
-        stop=stops,
+        stop=request.stop_sequences,
         tools=[_tool(tool) for tool in request.tools],
         tool_choice=_choice(request.tool_choice),
         parallel_tool_calls=not request.tool_choice.disable_parallel_tool_use,

@@ -90,6 +90,7 @@ FIELDS: tuple[Field, ...] = (
     *_served("parallel_tool_calls", CHAT + RESPONSES, "false ends the answer with its first call, true with its 32nd"),
     *_served("input", RESPONSES, "a string, or messages of text, calls and their results; reasoning is not shown to models"),
     *_served("instructions max_output_tokens", RESPONSES),
+    *_served("stop", RESPONSES, "vLLM's"),
     *_served("metadata", RESPONSES, "comes back in the answer"),
     *_served("reasoning", RESPONSES, "its effort is given to the model's chat template, which may use it"),
     *_served("response_format", note="text, json_object (which may have a schema) or json_schema, strict or not: every keyword "
@@ -147,6 +148,13 @@ FIELDS: tuple[Field, ...] = (
     Field("output_format", "refused", MESSAGES, "It was replaced by output_config.format."),
     Field("mcp_servers", "refused", MESSAGES, _HOSTED, ([],)),
     Field("container", "refused", MESSAGES, "There are no containers here."),
+    Field("max_tokens", "refused", RESPONSES, "Its name is max_output_tokens here."),
+    Field("max_completion_tokens", "refused", RESPONSES, "Its name is max_output_tokens here."),
+    Field("response_format", "refused", RESPONSES, "Its name is text.format here."),
+    Field("response_format", "refused", MESSAGES, "Its name is output_config.format here."),
+    Field("stop", "refused", MESSAGES, "Its name is stop_sequences here.", ([],)),
+    Field("n", "refused", DIALECTS, "There is one answer to a request.", (1,)),
+    Field("logprobs", "refused", DIALECTS, "Use /v1/chat/completions.", (False,)),
     Field("use_beam_search", "refused", BOTH, "Beam search is not planned; use n.", (False,)),
 )
 

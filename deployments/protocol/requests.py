@@ -272,15 +272,20 @@ def _check_limits(request: GenerationRequest, limits: Limits, logprobs: int | No
     for name, value in ((logprobs_name, logprobs), ("prompt_logprobs", request.prompt_logprobs)):
         if value is not None and value > limits.max_logprobs:
             raise _above(name, limits.max_logprobs, value)
-    if len(request.stop) > limits.max_stop_strings:
-        raise bad_request(
-            f"Invalid 'stop': array too long. Expected an array with maximum length {limits.max_stop_strings}, "
-            f"but got an array with length {len(request.stop)} instead.",
-            param="stop",
-            code="array_above_max_length",
-        )
+    check_stops(request.stop, limits)
     if request.stream_options is not None and not request.stream:
         raise bad_request("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
+
+
+def check_stops(stops: list[str], limits: Limits, name: str = "stop") -> None:
+    """Raises ApiError 400."""
+    if len(stops) > limits.max_stop_strings:
+        raise bad_request(
+            f"Invalid '{name}': array too long. Expected an array with maximum length {limits.max_stop_strings}, "
+            f"but got an array with length {len(stops)} instead.",
+            param=name,
+            code="array_above_max_length",
+        )
 
 
 def _above(name: str, limit: int, got: int) -> ApiError:

@@ -9,11 +9,19 @@ from pydantic_core import PydanticCustomError
 
 from deployments.protocol.errors import bad_request
 from deployments.protocol.limits import Limits
-from deployments.protocol.requests import ChatRequest, FunctionCall, Message, SamplingRequest, ToolCall, parse_fields
+from deployments.protocol.requests import (
+    ChatRequest,
+    FunctionCall,
+    Message,
+    SamplingRequest,
+    ToolCall,
+    check_stops,
+    parse_fields,
+)
 from deployments.protocol.structured import TextOptions, one_grammar
 from deployments.protocol.tools import MAX_TOOLS, FlatChoice, FlatTool, ToolChoice
 from deployments.protocol.validation import expected, json_type
-from deployments.protocol.values import Effort, Int, Nested, part_schema
+from deployments.protocol.values import STOP_SCHEMA, Effort, Int, Nested, as_stops, part_schema
 
 _TEXT_PARTS = ("input_text", "output_text", "text", "refusal")
 _PARTS_SCHEMA = {"type": "array", "items": part_schema("input_text", "output_text", "text")}
@@ -82,6 +90,7 @@ class ResponseRequest(SamplingRequest):
     ]
     instructions: StrictStr | None = None
     max_output_tokens: Annotated[Int, Field(ge=1)] | None = None
+    stop: Annotated[list[str], BeforeValidator(as_stops), WithJsonSchema(STOP_SCHEMA)] = []
     metadata: Annotated[dict[StrictStr, StrictStr], Field(max_length=16)] = {}
     reasoning: Reasoning | None = None
     text: TextOptions | None = None
@@ -94,13 +103,15 @@ class ResponseRequest(SamplingRequest):
 def parse_response(body: dict[str, Any], limits: Limits) -> tuple[ResponseRequest, ChatRequest, list[str]]:
     """The validated request, the same as a chat request, and the names of unknown fields. Raises ApiError 400."""
     request, unknown = parse_fields(ResponseRequest, "responses", body)
+    check_stops(request.stop, limits)
     messages = [Message(role="system", content=request.instructions)] if request.instructions else []
     messages += _messages(request.input)
     shared = {name: getattr(request, name) for name in SamplingRequest.model_fields}
     chat = ChatRequest.model_construct(
         **shared, messages=messages, tools=[tool.nested() for tool in request.tools], tool_choice=request.tool_choice,
         parallel_tool_calls=request.parallel_tool_calls, max_completion_tokens=request.max_output_tokens,
-        reasoning_effort=request.reasoning and request.reasoning.effort, chat_template_kwargs=request.chat_template_kwargs,
+        stop=request.stop, reasoning_effort=request.reasoning and request.reasoning.effort,
+        chat_template_kwargs=request.chat_template_kwargs,
     )  # fmt: skip
     form = request.text and request.text.format
     chat.held_to(one_grammar(**{"text.format": form, "structured_outputs": request.structured_outputs}))

@@ -144,6 +144,8 @@ def test_what_is_longer_than_the_context_is_counted_too(server, chars):
     ({"temperature": 1.5}, "'temperature'"),
     ({"stop_sequences": ["a", "b", "c", "d", "e"]}, "'stop_sequences'"),
     ({"stop_sequences": [""]}, "'stop_sequences'"),
+    ({"stop": ["a"]}, "Its name is stop_sequences here"),
+    ({"response_format": {"type": "json_object"}}, "Its name is output_config.format here"),
     ({"tools": [{"name": "f"}]}, "'tools[0].input_schema'"),
     ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type: Invalid value: 'bash_20250124'"),
     ({"tool_choice": {"type": "any"}}, "only allowed when 'tools'"),

@@ -70,6 +70,14 @@ def test_an_answer_cut_by_its_limit_is_incomplete(server):
     assert last.type == "response.incomplete" and last.response.status == "incomplete"
 
 
+def test_stop_strings(server):
+    answer = server.client().responses.create(model="acme/tiny", input="hi", extra_body={"stop": ["wor", "z"]})
+    assert (answer.status, answer.output_text, answer.output[0].status) == ("completed", "Hello ", "completed")
+    stream = server.client().responses.create(model="acme/tiny", input="hi", extra_body={"stop": "wor"}, stream=True)
+    last = list(stream)[-1]
+    assert last.type == "response.completed" and last.response.output_text == "Hello "
+
+
 def test_the_events_of_a_stream(server):
     status, headers, raw = server.raw("POST", "/v1/responses", {"input": "hi", "stream": True})
     assert status == 200 and headers["content-type"] == "text/event-stream; charset=utf-8"
@@ -148,6 +156,11 @@ def test_extras_reach_the_engine(server):
     ({"max_tool_calls": 3}, "unsupported_parameter", "max_tool_calls"),
     ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "missing_required_parameter", "text.format.schema"),
     ({"text": {"format": {"type": "xml"}}}, "invalid_value", "text.format.type"),
+    ({"stop": [""]}, "invalid_value", "stop"),
+    ({"stop": list("abcde")}, "array_above_max_length", "stop"),
+    ({"max_tokens": 5}, "unsupported_parameter", "max_tokens"),
+    ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
+    ({"n": 2}, "unsupported_parameter", "n"),
     ({"truncation": "auto"}, "unsupported_parameter", "truncation"),
     ({"include": ["message.output_text.logprobs"]}, "unsupported_parameter", "include"),
 ])  # fmt: skip
