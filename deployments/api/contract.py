@@ -83,6 +83,7 @@ def capabilities() -> dict[str, Any]:
     for path, post in _POSTS.items():  # a test keeps table and models in step
         fields = BY_NAME[post.table].values()
         found[path] = [{"name": one.name, "status": _WORDS[one.status], "note": one.note} for one in fields]
+    found[_COUNT] = found["/v1/messages"]
     return {"object": "capabilities", "endpoints": found}
 
 

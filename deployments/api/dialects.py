@@ -107,7 +107,7 @@ class StreamedMessage(StreamedAnswer):
 
     def __init__(self, service: Service, job: Job) -> None:
         super().__init__(service, job)
-        self._events = anthropic_events.AnthropicEvents(job.head, len(job.prompts[0]))
+        self._events = anthropic_events.AnthropicEvents(job.head, job.usage)
 
     def _lines(self) -> Sequence[anthropic_events.AnthropicEvents]:
         return [self._events]

@@ -34,6 +34,8 @@ def chat_messages(messages: list[Any]) -> list[Message]:
         path = f"messages[{i}].content"
         if isinstance(message.content, str):
             found.append(Message(role=message.role, content=message.content))
+        elif message.role == "system":
+            found.append(Message(role="system", content=text_of(message.content, path)))
         elif message.role == "assistant":
             found.append(_of_assistant(_blocks(message.content, path), path, calls))
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -59,17 +60,17 @@ PING = b'event: ping\ndata: {"type":"ping"}\n\n'  # a heartbeat, but for those b
 
 
 class AnthropicEvents:
-    """Event bytes of one streamed message; prompt_tokens: of its prompt. A block ends when another thing comes."""
+    """Event bytes of one streamed message; usage: tells the tokens so far. A block ends when another thing comes."""
 
-    def __init__(self, head: Head, prompt_tokens: int) -> None:
+    def __init__(self, head: Head, usage: Callable[[], Usage]) -> None:
         self._head = head
-        self._prompt_tokens = prompt_tokens
+        self._usage = usage
         self._reason: dict[str, Any] = {}
         self._blocks = 0  # that have begun
         self._open: str | None = None  # type of the block that has not ended
 
     def open(self, usage: Usage | None = None) -> bytes:
-        begun = message(self._head, [], Usage(self._prompt_tokens, 0, 0), None, None)
+        begun = message(self._head, [], self._usage()._replace(completion_tokens=0), None, None)
         return _event("message_start", {"message": begun})
 
     def text(self, text: str, logprobs: dict[str, Any] | None = None, usage: Usage | None = None) -> bytes:

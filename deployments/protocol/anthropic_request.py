@@ -20,7 +20,7 @@ Blocks = Annotated[Any, WithJsonSchema(BLOCKS_SCHEMA)]
 class AnthropicMessage(Nested):
     model_config = ConfigDict(extra="ignore")
 
-    role: Literal["user", "assistant"]
+    role: Literal["user", "assistant", "system"]
     content: Blocks
 
 

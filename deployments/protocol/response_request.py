@@ -163,12 +163,16 @@ def _text(content: Any, path: str) -> str:
     texts = []
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
-        if kind not in _TEXT_PARTS or not isinstance(text, str):
+        if not isinstance(part, dict) or kind not in _TEXT_PARTS:
             raise bad_request(
                 "Unsupported content part: this server's models take text parts only (input_text, output_text).",
                 param=f"{path}[{i}]",
                 code="unsupported_content_part",
             )
-        texts.append(text)
+        name = "refusal" if kind == "refusal" else "text"
+        if not isinstance(part.get(name), str):
+            where = f"{path}[{i}].{name}"
+            raise bad_request(f"Invalid type for '{where}': expected a string, but got {json_type(part.get(name))} instead.",
+                              param=where, code="invalid_type")  # fmt: skip
+        texts.append(part[name])
     return "\n".join(texts)

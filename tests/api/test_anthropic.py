@@ -51,6 +51,14 @@ def test_blocks_are_text(server):
     assert first.prompt_ids == second.prompt_ids
 
 
+def test_system_messages_between_the_others(server):
+    told = [{"role": "system", "content": [{"type": "text", "text": "b"}]}, {"role": "user", "content": "c"}]
+    assert post(server, messages=[*BASE["messages"], *told])[0] == 200
+    server.chat(messages=[*BASE["messages"], {"role": "system", "content": "b"}, told[1]])
+    first, second = server.fake.requests
+    assert first.prompt_ids == second.prompt_ids
+
+
 def test_thinking_of_other_models_is_not_shown(server, fresh_server):
     thought = [{"type": "thinking", "thinking": "hm", "signature": "x"}, {"type": "redacted_thinking", "data": "y"}]
     for blocks in (thought, []):
@@ -91,6 +99,13 @@ def test_the_events_of_a_stream(server):
     assert "".join(one["delta"]["text"] for one in found[2:5]) == "Hello world!"
     assert found[6]["delta"] == {"stop_reason": "end_turn", "stop_sequence": None} and found[6]["usage"]["output_tokens"] == 4
     assert events(server, stop_sequences=["!"])[-2]["delta"] == {"stop_reason": "stop_sequence", "stop_sequence": "!"}
+
+
+def test_a_streams_first_event_tells_the_cached_tokens_too(server):
+    server.fake.cached = 3
+    begun, *_, ended, _ = events(server)
+    assert begun["message"]["usage"] == {**ended["usage"], "output_tokens": 0}
+    assert begun["message"]["usage"]["cache_read_input_tokens"] == 3
 
 
 def test_heartbeats_are_pings(server):
@@ -134,7 +149,8 @@ def test_what_is_longer_than_the_context_is_counted_too(server, chars):
     ({"max_tokens": 0}, "'max_tokens'"),
     ({"model": None}, "'model'"),
     ({"messages": []}, "empty array"),
-    ({"messages": [{"role": "system", "content": "a"}]}, "messages[0].role: "),
+    ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role: "),
+    ({"messages": [{"role": "system", "content": [{"type": "tool_addition"}]}]}, "messages[0].content[0]: Unsupp"),
     ({"messages": [{"role": "user", "content": 3}]}, "'messages[0].content'"),
     ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages[0].content[0]: Unsupp"),
     ({"system": [{"type": "image", "source": {}}]}, "type text here"),

@@ -133,6 +133,8 @@ def test_extras_reach_the_engine(server):
     ({"input": [{"role": "user", "content": 3}]}, "invalid_type", "input[0].content"),
     ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
      "unsupported_content_part", "input[0].content[0]"),
+    ({"input": [{"role": "user", "content": [{"type": "input_text", "text": 3}]}]}, "invalid_type", "input[0].content[0].text"),
+    ({"input": [{"role": "user", "content": [{"type": [], "text": "a"}]}]}, "unsupported_content_part", "input[0].content[0]"),
     ({"input": [{"type": "function_call", "name": "f"}]}, "missing_required_parameter", "input[0].call_id"),
     ({"input": [{"type": "function_call_output", "call_id": "c", "output": "1"}]}, "invalid_value", "input[0].call_id"),
     ({"input": [{"role": "user", "content": "a"}, {"type": "web_search_call", "id": "x"}]}, "invalid_value", "input[1].type"),

@@ -105,6 +105,8 @@ def test_base_urls_without_v1(server):
 def test_capabilities_name_every_field_once(server):
     found = json.loads(server.raw("GET", "/v1/capabilities")[2])
     assert found == json.loads(json.dumps(capabilities()))
+    paths = openapi("")["paths"]
+    assert found["endpoints"].keys() == {path for path in paths if "post" in paths[path]}
     for path, name in (("/v1/chat/completions", "chat"), ("/v1/completions", "completions")):
         said = {one["name"]: one["status"] for one in found["endpoints"][path]}
         assert said.keys() == BY_NAME[name].keys() and len(said) == len(found["endpoints"][path])
