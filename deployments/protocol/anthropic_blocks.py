@@ -16,7 +16,8 @@ BLOCKS_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"anyO
      "properties": {"type": {"const": "tool_use"}, "id": {"type": "string"}, "name": {"type": "string"},
                     "input": {"type": "object"}}},
     {"type": "object", "required": ["type", "tool_use_id"],
-     "properties": {"type": {"const": "tool_result"}, "tool_use_id": {"type": "string"}}},
+     "properties": {"type": {"const": "tool_result"}, "tool_use_id": {"type": "string"},
+                    "is_error": {"type": "boolean"}}},
     {"type": "object", "required": ["type"], "properties": {"type": {"enum": ["thinking", "redacted_thinking"]}}},
 ]}}]}  # fmt: skip
 
@@ -96,7 +97,8 @@ def _result(block: dict[str, Any], path: str, calls: set[str]) -> Message:
         raise bad_request("A tool_result must follow the tool_use that has its id.", param=f"{path}.tool_use_id")
     content = block.get("content")
     text = "" if content is None else text_of(content, f"{path}.content")
-    return Message(role="tool", tool_call_id=id, content=f"Error: {text}" if block.get("is_error") is True else text)
+    is_error = block.get("is_error") is not None and _field(block, "is_error", bool, path)
+    return Message(role="tool", tool_call_id=id, content=f"Error: {text}" if is_error else text)
 
 
 def _blocks(content: Any, path: str) -> list[dict[str, Any]]:
@@ -112,7 +114,7 @@ def _blocks(content: Any, path: str) -> list[dict[str, Any]]:
 def _field(block: dict[str, Any], name: str, kind: type, path: str) -> Any:
     value = block.get(name)
     if not isinstance(value, kind):
-        words = "a string" if kind is str else "an object"
+        words = {str: "a string", bool: "a boolean"}.get(kind, "an object")
         raise bad_request(f"Invalid type for '{path}.{name}': expected {words}, but got {json_type(value)} instead.",
                           param=f"{path}.{name}", code="invalid_type")  # fmt: skip
     return value

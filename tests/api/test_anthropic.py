@@ -168,6 +168,9 @@ def test_what_is_longer_than_the_context_is_counted_too(server, chars):
     ({"tools": TOOLS, "tool_choice": {"type": "tool"}}, "'tool_choice.name'"),
     ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "g"}}, "no function 'g'"),
     ({"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x"}]}]}, "must follow the tool_use"),
+    ({"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "x", "name": "f", "input": {}}]},
+                   {"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": "x", "is_error": "true"}]}]}, "'messages[1].content[0].is_error'"),
     ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "'messages[0].content[0].tool_use_id'"),
     ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": [
         {"type": "tool_use", "id": "x", "name": "f", "input": {}}]}]}, "its result is missing"),
