@@ -16,7 +16,7 @@ from deployments.protocol.errors import ApiError, bad_request, no_key
 
 # What probes, load balancers and people need before they have a key; none of it tells about the model or costs work.
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version", "/docs", "/openapi.json"})
-_EXPOSED = ("x-request-id", "retry-after", "x-should-retry",
+_EXPOSED = ("x-request-id", "request-id", "retry-after", "x-should-retry",
             *(f"x-ratelimit-{what}-{unit}" for what in ("limit", "remaining", "reset") for unit in ("requests", "tokens")))
 
 
