@@ -115,7 +115,7 @@ FIELDS: tuple[Field, ...] = (
     *_ignored("verbosity", CHAT, "no effect on models without these abilities"),
     *_ignored("stream_options", RESPONSES, "padding against traffic analysis is not sent"),
     *(
-        Field(name, "refused", BOTH, "It was replaced by structured_outputs.")
+        Field(name, "refused", ALL, "It was replaced by structured_outputs.")
         for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
     ),
     Field("functions", "refused", CHAT, "It is deprecated: use tools.", ([],)),

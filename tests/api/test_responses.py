@@ -163,6 +163,7 @@ def test_extras_reach_the_engine(server):
     ({"max_tokens": 5}, "unsupported_parameter", "max_tokens"),
     ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
     ({"n": 2}, "unsupported_parameter", "n"),
+    ({"guided_json": {"type": "object"}}, "unsupported_parameter", "guided_json"),
     ({"truncation": "auto"}, "unsupported_parameter", "truncation"),
     ({"include": ["message.output_text.logprobs"]}, "unsupported_parameter", "include"),
 ])  # fmt: skip
