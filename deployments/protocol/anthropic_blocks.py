@@ -41,8 +41,22 @@ def chat_messages(messages: list[Any]) -> list[Message]:
             found.append(_of_assistant(_blocks(message.content, path), path, calls))
         else:
             found += _of_user(_blocks(message.content, path), path, calls)
+    found = _combined(found)
     if found[-1].tool_calls:
         raise bad_request("The last message calls a tool: its result is missing.", param="messages")
+    return found
+
+
+def _combined(messages: list[Message]) -> list[Message]:
+    """Turns of one role after each other are one turn, as at Anthropic: some models' templates refuse two."""
+    found: list[Message] = []
+    for message in messages:
+        last = found[-1] if found else None
+        if last is None or message.role not in ("user", "assistant") or message.role != last.role:
+            found.append(message)
+            continue
+        last.content = "\n".join(text for text in (last.content, message.content) if text)
+        last.tool_calls = [*(last.tool_calls or []), *(message.tool_calls or [])] or None
     return found
 
 

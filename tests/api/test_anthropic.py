@@ -51,6 +51,17 @@ def test_blocks_are_text(server):
     assert first.prompt_ids == second.prompt_ids
 
 
+def test_turns_of_one_role_are_combined(server):
+    call = {"type": "tool_use", "id": "x", "name": "f", "input": {}}
+    result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x", "content": "c"}]}
+    for turns in ([["a", "b"], ["c", [call]]], [["a\nb"], [[{"type": "text", "text": "c"}, call]]]):
+        users, assistants = ([{"role": role, "content": content} for content in contents]
+                             for role, contents in zip(("user", "assistant"), turns, strict=True))  # fmt: skip
+        assert post(server, messages=[*users, *assistants, result])[0] == 200
+    first, second = server.fake.requests
+    assert first.prompt_ids == second.prompt_ids
+
+
 def test_system_messages_between_the_others(server):
     told = [{"role": "system", "content": [{"type": "text", "text": "b"}]}, {"role": "user", "content": "c"}]
     assert post(server, messages=[*BASE["messages"], *told])[0] == 200
