@@ -43,7 +43,7 @@ class FlatTool(Function):
     def _is_function(cls, value: Any) -> Any:
         kind = value.get("type") if isinstance(value, dict) else None
         if isinstance(kind, str) and kind != "function":
-            words = "Expected a tool of type 'function', but got '{kind}': this server runs no tools itself"
+            words = "Expected a tool of type 'function', but got '{kind}': others are not known here, and hosted ones not run"
             raise PydanticCustomError("unsupported", words, {"kind": kind[:40]})
         return value
 
