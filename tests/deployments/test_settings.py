@@ -43,6 +43,13 @@ def test_the_shipped_configuration_says_what_it_means():
     assert parsed == AppArgs(fallback=parsed.fallback)
 
 
+def test_a_replica_that_hangs_is_not_given_the_time_of_one_that_drains():
+    """Its clients get their error when Serve gives it up (measured: 96 s after SIGSTOP), not drain_timeout_s later."""
+    config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    for part in (config["controller_options"], config["applications"][0]):
+        assert part["runtime_env"]["env_vars"]["RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"] == "1"
+
+
 @pytest.mark.parametrize(
     "values, message",
     [
