@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from deployments.protocol.access import Access, ApiKey, read_keys
+from deployments.protocol.access import Access, ApiKey, by_digest, read_keys
 from deployments.protocol.errors import rate_limited
 from model_core.errors import ConfigError
 
@@ -146,12 +146,10 @@ class KeyRing:
 
     def _set(self, keys: list[ApiKey]) -> None:
         now = self.clock()
-        by_digest = {key.digest(): key for key in keys}  # may raise, before anything has changed
-        for digest in self._holders.keys() & by_digest.keys():
-            self._holders[digest].change(by_digest[digest], now)
-        self._holders = {
-            digest: self._holders.get(digest) or Holder(key, now) for digest, key in by_digest.items()
-        }
+        found = by_digest(keys)  # may raise, before anything has changed
+        for digest in self._holders.keys() & found.keys():
+            self._holders[digest].change(found[digest], now)
+        self._holders = {digest: self._holders.get(digest) or Holder(key, now) for digest, key in found.items()}
 
 
 def _duration(seconds: float) -> str:

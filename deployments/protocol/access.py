@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +102,18 @@ class Access(BaseModel):
             key.model_copy(update={"key": None, "env": None, "sha256": key.digest().hex()}) for key in self.keys
         ]
         path = None if self.keys_file is None else str((folder / Path(self.keys_file).expanduser()).absolute())
-        if path is not None:
-            for key in read_keys(Path(path)):
-                key.digest()
+        by_digest([*keys, *([] if path is None else read_keys(Path(path)))])
         return self.model_copy(update={"keys": keys, "keys_file": path})
+
+
+def by_digest(keys: Iterable[ApiKey]) -> dict[bytes, ApiKey]:
+    """Raises ConfigError if one is there twice: which limits would be those of its holder?"""
+    found: dict[bytes, ApiKey] = {}
+    for key in keys:
+        other = found.setdefault(key.digest(), key)
+        if other is not key:
+            raise ConfigError(f"access: {other.name!r} and {key.name!r} are the same key; list it once")
+    return found
 
 
 def read_keys(path: Path) -> list[ApiKey]:

@@ -276,6 +276,18 @@ def test_settled_access_holds_digests_only(tmp_path, monkeypatch):
     assert [ring.find(key).key.name for key in (b"k1", b"k2", b"k3")] == ["a", "b", "c"]
 
 
+def test_a_key_that_is_listed_twice_is_an_error_that_names_both(tmp_path, caplog):
+    """Else the later entry's limits would silently be those of both."""
+    path = tmp_path / "more.yaml"
+    path.write_text(yaml.safe_dump([{"name": "c", "sha256": digest("k1"), "requests_per_minute": 1}]))
+    key = ApiKey(name="a", key="k1")
+    for access in (Access(keys=[key, ApiKey(name="c", sha256=digest("k1"))]), Access(keys=[key], keys_file="more.yaml")):
+        with pytest.raises(ConfigError, match="^access: 'a' and 'c' are the same key; list it once$"):
+            access.settled(tmp_path)
+    ring = KeyRing(Access(keys=[key], keys_file=str(path)))
+    assert ring.find(b"k1").requests is None and "the API keys stay as they were: access: 'a' and 'c'" in caplog.text
+
+
 def test_an_application_below_a_prefix(server, caplog):
     """As Serve runs it with a route_prefix: the same paths are open, and routes have the same names in the log."""
     caplog.set_level("DEBUG", "mini_llm.access")
