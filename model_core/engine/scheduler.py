@@ -230,6 +230,7 @@ class Scheduler:
                 known.append(token)
                 generated += 1
                 if (token in seq.stop_ids or len(known) >= seq.limit) and (reason := seq.ends()):
+                    generated -= not seq.request.params.max_tokens  # by which a prompt alone ends; nobody gets it
                     self._end(seq, reason)
                     ended.append(seq)
         self.generation_tokens += generated

@@ -133,6 +133,7 @@ def test_a_prompt_alone(serve, oracles):
         assert (served.tokens(name), last.finish, last.logprobs) == ([], "length", None) and last.waits is not None
     check(served, oracles["llama3"], "a", longest, 2)
     assert served.scored("b") == ([], [], [])
+    assert served.engine.stats().generation_tokens == 0  # as clients count
     with pytest.raises(RequestError, match=r"max_tokens is 0, must be at least 1 \(0 with prompt_logprobs\)"):
         served.engine.submit(Request("c", [7], SamplingParams(max_tokens=0)))
     with pytest.raises(RequestError, match="shorten the prompt to at most 127"):
