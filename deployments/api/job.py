@@ -82,6 +82,7 @@ class Job:
 async def chat_job(service: Service, request: ChatRequest, record: Record) -> Job:
     """Raises ApiError 400, 404, 503."""
     info = await service.check_model(request.model)
+    _check_count(service, info, request, 1)
     ids, plan = await chat_prompt(service, info, request)
     _check_room(info, ids, "messages" if request.prompt is None else "prompt")
     return _job(service, info, request, record, [ids], None, plan)
@@ -107,12 +108,7 @@ async def chat_prompt(
 async def completion_job(service: Service, request: CompletionRequest, record: Record) -> Job:
     """Raises ApiError 400, 404, 503."""
     info = await service.check_model(request.model)
-    most = info.max_seqs + service.limits.max_queued_requests
-    if len(request.prompt) * request.n > most:
-        raise bad_request(
-            f"{len(request.prompt)} prompts with n={request.n} are more than the {most} sequences this server takes at once.",
-            param="prompt",
-        )
+    _check_count(service, info, request, len(request.prompt))
     prompts: list[list[int]] = []
     try:
         for prompt in request.prompt:
@@ -282,6 +278,15 @@ def _check_room(info: EngineInfo, ids: list[int], noun: str, least: int = 1) -> 
     limit = min(info.context_length, info.pool_tokens)
     if len(ids) + least > limit:
         raise context_too_long(limit, len(ids), noun=noun)
+
+
+def _check_count(service: Service, info: EngineInfo, request: GenerationRequest, prompts: int) -> None:
+    """More sequences than a model replica ever holds would be a 503 for ever."""
+    most, n = info.max_seqs + service.limits.max_queued_requests, request.n
+    if prompts * n > most:
+        asked = f"n={n} is" if prompts == 1 else f"{prompts} prompts with n={n} are"
+        raise bad_request(f"{asked} more than the {most} sequences this server takes at once.",
+                          param="n" if prompts == 1 else "prompt")  # fmt: skip
 
 
 def _check_scored(request: ChatRequest | CompletionRequest, tokens: int) -> None:

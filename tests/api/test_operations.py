@@ -127,6 +127,18 @@ def test_admission(server):
     assert server.chat()[0] == 200
 
 
+@pytest.mark.parametrize("path, fields, param", [
+    ("/v1/chat/completions", {"messages": MESSAGES, "n": 17}, "n"), ("/v1/chat/completions", {"prompt": "a", "n": 17}, "n"),
+    ("/v1/completions", {"prompt": "a", "n": 17}, "n"), ("/v1/completions", {"prompt": ["a", "b", "c"], "n": 6}, "prompt"),
+])  # fmt: skip
+def test_more_sequences_than_there_can_ever_be_room_for(server, path, fields, param):
+    """A 503 would be tried again for ever: 8 run and 8 wait."""
+    server.limits.max_n = 32
+    status, _, answer = server.raw("POST", path, fields)
+    error = json.loads(answer)["error"]
+    assert status == 400 and error["param"] == param and "16 sequences this server takes at once" in error["message"]
+
+
 def test_loading_then_ready(fresh_server):
     server = fresh_server()
     server.fake.ready = False
