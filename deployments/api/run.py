@@ -17,6 +17,7 @@ from model_core.errors import EngineDead, RequestError
 
 log = logging.getLogger("mini_llm.api")
 
+RETRY_S = 0.1  # of a choice that a full model replica has refused, although the request was let in
 SHARED_PROMPT = 64  # tokens; computing a shorter one again costs less than the wait for it
 
 Sink = Callable[[Choice, str], Awaitable[None]]
@@ -41,7 +42,8 @@ async def run_job(service: Service, job: Job, sink: Sink) -> None:
 
 def _led(transport: Transport, job: Job, sink: Sink) -> Iterator[Coroutine[Any, Any, None]]:
     """A coroutine per choice. Of the choices of a long prompt the first computes it; the others start with its first
-    token, when the prompt's pages are in the prefix cache, and share them. So they do with log-probabilities of a prompt.
+    token, when the prompt's pages are in the prefix cache, and share them. So they do with log-probabilities of a prompt. If
+    other HTTP replicas have filled the engine meanwhile, they wait: the request was let in.
     """
     for first in range(0, len(job.choices), job.request.n):
         leader, *others = job.choices[first : first + job.request.n]
@@ -63,7 +65,13 @@ def _setting(event: asyncio.Event, sink: Sink) -> Sink:
 
 async def _after(event: asyncio.Event, transport: Transport, choice: Choice, sink: Sink) -> None:
     await event.wait()
-    await _run(transport, choice, sink)
+    while True:
+        try:
+            return await _run(transport, choice, sink)
+        except ApiError as error:
+            if error.code != "engine_overloaded":
+                raise
+        await asyncio.sleep(RETRY_S)  # the answer has begun: no time for a 503
 
 
 async def _run(transport: Transport, choice: Choice, sink: Sink) -> None:

@@ -108,6 +108,31 @@ def test_one_failing_choice_ends_them_all(server):
     assert len(server.fake.aborted) == 3
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_has_begun_waits_for_room_for_its_other_choices(server, stream):
+    """Several HTTP replicas may let in more than the engine holds."""
+    fake, refusals = server.fake, iter([Overloaded("full"), Overloaded("full")])
+
+    class Full(type(fake)):
+        async def generate(self, request):
+            if not request.request_id.endswith("-0") and (error := next(refusals, None)):
+                raise error
+            async for events in super().generate(request):
+                yield events
+
+    fake.__class__ = Full
+    try:
+        fields = {"prompt": "a" * 100, "n": 3, "stream": stream}
+        status, _, body = server.raw("POST", "/v1/completions", fields)
+        texts = {}
+        for event in server.events(body)[:-1] if stream else [json.loads(body)]:
+            for choice in event["choices"]:
+                texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
+        assert status == 200 and texts == dict.fromkeys(range(3), "Hello world!") and next(refusals, None) is None
+    finally:
+        fake.__class__ = Full.__base__
+
+
 def test_admission(server):
     server.fake.script, server.fake.delay = endless, 0.01
     holders = [open_stream(server, n=8), open_stream(server, n=7)]  # 8 slots and 8 places to wait
