@@ -96,7 +96,7 @@ class Answer:
     def _account(self) -> None:
         """Metrics and the access record, however the request ended."""
         job, metrics = self._job, self._service.metrics
-        usage = self._count()
+        self._count()
         record = job.record
         record.finish = ",".join(choice.reason or self._unfinished for choice in job.choices)
         firsts = [choice.first_token_at for choice in job.choices if choice.first_token_at is not None]
@@ -104,7 +104,6 @@ class Answer:
             record.ttft_ms = round((min(firsts) - record.begun) * 1e3, 2)
         metrics.request_latency.observe(record.seconds())
         metrics.n.observe(job.request.n)
-        metrics.cached_tokens += usage.cached_tokens
         metrics.max_generation.observe(max(choice.tokens for choice in job.choices))
         waits = [choice.waits for choice in job.choices if choice.waits is not None]
         if waits:
@@ -116,6 +115,7 @@ class Answer:
                 metrics.tool_calls["complete"] += choice.calls.whole
                 metrics.tool_calls["broken"] += choice.calls.begun - choice.calls.whole
             metrics.prompt_tokens.observe(len(choice.request.prompt_ids))
+            metrics.cached_tokens += choice.cached_tokens  # of each that computed the prompt, as prompt_tokens are
             metrics.generation_tokens.observe(choice.tokens)
             metrics.max_tokens.observe(choice.request.params.max_tokens)
             spent = decode_seconds(choice)

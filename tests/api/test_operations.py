@@ -365,7 +365,7 @@ def test_metrics(server):
     assert grown("vllm:request_success_total", model, ("finished_reason", "stop")) == 2
     assert grown("vllm:request_generation_tokens_sum", model) == 8
     assert grown("vllm:request_generation_tokens_bucket", model, ("le", "5.0")) == 2
-    assert grown("vllm:prompt_tokens_cached_total", model) == 3
+    assert grown("vllm:prompt_tokens_cached_total", model) == 6  # of both choices, as prompt_tokens
     labels = [("handler", "/v1/chat/completions"), ("method", "POST")]
     assert grown("http_requests_total", *labels, ("status", "200")) == 1
     assert grown("http_requests_total", *labels, ("status", "400")) == 1
