@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 from deployments.api.app import create_app
 from deployments.api.metrics import Metrics
 from deployments.api.tracing import open_tracer
-from deployments.broadcast import answers_of
+from deployments.broadcast import answers_of, rank
 from deployments.grpc_batch import finish_batches
 from deployments.logs import log_to_stderr
 from deployments.transport.base import Transport
@@ -58,7 +58,9 @@ class Api:
 
     async def metrics(self) -> Metrics:
         """What this replica has counted."""
-        return self._service.own_metrics()
+        own = self._service.own_metrics()
+        own.replica = rank()
+        return own
 
     async def _everyone(self) -> list[Metrics]:
         """The same of all replicas that answer in time."""

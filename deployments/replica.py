@@ -10,9 +10,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from ray import serve
-from ray.serve.exceptions import RayServeException
-
+from deployments.broadcast import rank
 from deployments.grpc_batch import finish_batches
 from deployments.logs import log_to_stderr
 from deployments.transport.sender import Link, Links, ReplyTo
@@ -168,7 +166,7 @@ class ModelReplica:
         return self._engine.info
 
     async def stats(self) -> EngineStats:
-        return replace(self._engine.stats(), engine=_rank())
+        return replace(self._engine.stats(), engine=rank())
 
     async def dispatch_table(self) -> list[dict[str, Any]]:
         return self._engine.dispatch_table()
@@ -264,11 +262,3 @@ class ModelReplica:
         while True:
             metrics.report(self._engine.stats())
             await asyncio.sleep(METRICS_PERIOD_S)
-
-
-def _rank() -> int:
-    """This replica's number, which Serve gives to the one that replaces it, too; 0 without Serve."""
-    try:
-        return serve.get_replica_context().rank.rank
-    except RayServeException:
-        return 0

@@ -23,7 +23,7 @@ from deployments.api.guard import OPEN_PATHS, Cors, Guard
 from deployments.api.incoming import read_body
 from deployments.api.job import chat_job, completion_job
 from deployments.api.keys import KeyRing
-from deployments.api.metrics import CONTENT_TYPE, Metrics
+from deployments.api.metrics import CONTENT_TYPE, Metrics, render
 from deployments.api.playground import is_wanted, playground
 from deployments.api.service import Service
 from deployments.api.texts import TextRoutes
@@ -169,7 +169,7 @@ class Endpoints:
             model, pool_tokens = info.model, info.pool_tokens
         except ApiError:
             model, pool_tokens = "", 0
-        text = (await service.all_metrics()).render(model, pool_tokens, stats)
+        text = render(model, pool_tokens, stats, await service.all_metrics())
         return Response(text, headers={"content-type": CONTENT_TYPE})
 
     async def version(self, request: Request) -> Response:
@@ -177,7 +177,7 @@ class Endpoints:
 
     async def load(self, request: Request) -> Response:
         """{server_load}, vLLM's name: sequences in work or waiting, of all HTTP replicas."""
-        return Json({"server_load": (await self._service.all_metrics()).active})
+        return Json({"server_load": sum(one.active for one in await self._service.all_metrics())})
 
     async def capabilities(self, request: Request) -> Response:
         return Json(contract.capabilities())

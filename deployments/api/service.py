@@ -8,8 +8,6 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import reduce
-from operator import add
 from typing import Any, TypeVar
 
 import orjson
@@ -106,10 +104,10 @@ class Service:
         self.metrics.active = self.gate.active
         return self.metrics
 
-    async def all_metrics(self) -> Metrics:
-        """Of all Api replicas together that answer; a proxy asks one or the other."""
+    async def all_metrics(self) -> list[Metrics]:
+        """Of all Api replicas that answer; a proxy asks one or the other."""
         found = [] if self._everyone is None else await self._everyone()
-        return reduce(add, found) if found else self.own_metrics()
+        return found or [self.own_metrics()]
 
     async def is_ready(self) -> bool:
         if self.gate.is_draining or not await self.stats():

@@ -115,7 +115,7 @@ def test_requests_per_minute(fresh_server):
     status, headers, _ = server.raw("POST", CHAT, BODY, bearer("sk-bob"))
     assert status == 200 and "x-ratelimit-limit-requests" not in headers  # another key, without limits
     metrics = server.raw("GET", "/metrics")[2].decode()
-    assert 'vllm:admission_rejections_total{model_name="acme/tiny",reason="rate_limit_exceeded"} 1.0' in metrics
+    assert 'vllm:admission_rejections_total{api="0",model_name="acme/tiny",reason="rate_limit_exceeded"} 1.0' in metrics
 
 
 def test_a_key_may_not_go_ahead_of_others_beyond_its_priority(fresh_server):

@@ -16,7 +16,7 @@ import pytest
 
 from deployments.api import service as service_module
 from deployments.api.app import create_app
-from deployments.api.metrics import Metrics
+from deployments.api.metrics import Metrics, render
 from deployments.transport.base import NotReady, Overloaded, ReplicaLost
 from model_core.errors import EngineDead, RequestError
 from tests.waiting import wait_until
@@ -352,7 +352,8 @@ def test_metrics(server):
     model, engine = ("model_name", "acme/tiny"), ("engine", "0")
 
     def grown(name, *labels):
-        return after[(name, *sorted(labels))] - before.get((name, *sorted(labels)), 0)
+        key = (name, *sorted([*labels, ("api", "0")]))
+        return after[key] - before.get(key, 0)
 
     assert after[("vllm:kv_cache_usage_perc", engine, model)] == pytest.approx(0.25)  # cached pages are not in use
     assert after[("vllm:prompt_tokens_total", engine, model)] == 11
@@ -523,31 +524,39 @@ def test_an_engine_keeps_its_label_while_another_does_not_answer(server):
 
     def totals(*engines):
         stats = [replace(reading, engine=engine, steps=10 * engine) for engine in engines]
-        found = samples(Metrics().render("m", 0, stats).decode())
+        found = samples(render("m", 0, stats, []).decode())
         return {labels[0][1]: value for (name, *labels), value in found.items() if name == "mini_llm:engine_steps_total"}
 
     [reading] = asyncio.run(server.fake.stats())
     assert totals(2, 0, 1) == {"0": 0, "1": 10, "2": 20} and totals(2) == {"2": 20} and totals(2, 2) == {"2": 20}
 
 
-def test_metrics_of_several_replicas_are_summed():
+def test_an_http_replica_that_does_not_answer_leaves_the_others_their_counts():
+    """A sum would fall, which Prometheus takes for a restart, and counts all of it again."""
     a, b = Metrics(), Metrics()
     for metrics, count in ((a, 1), (b, 2)):
-        metrics.active, metrics.unknown_fields = count, 10 * count
+        metrics.active, metrics.unknown_fields, metrics.cached_tokens, metrics.replica = count, 10 * count, count, count
         for _ in range(count):
             metrics.count_http("GET", "/ready", 200, 0.25)
             metrics.time_to_first_token.observe(0.5)
         metrics.finished["stop"] += count
     a.count_http("POST", "/v1/messages", 200, 1.0)
     b.count_gen_ai("chat", duration=1.0, first=None)
-    found = samples((pickle.loads(pickle.dumps(a)) + b).render("m", 0, []).decode())
-    model = ("model_name", "m")
-    assert found[("vllm:time_to_first_token_seconds_count", model)] == 3
-    assert found[("vllm:time_to_first_token_seconds_sum", model)] == 1.5
-    assert found[("vllm:request_success_total", ("finished_reason", "stop"), model)] == 3
-    assert found[("mini_llm:api_active_sequences",)] == 3 and found[("mini_llm:unknown_request_fields_total",)] == 30
-    assert found[("http_request_duration_seconds_count", ("handler", "/ready"), ("method", "GET"))] == 3
-    assert found[("http_request_duration_seconds_count", ("handler", "/v1/messages"), ("method", "POST"))] == 1
-    assert found[("gen_ai_server_request_duration_seconds_count", ("gen_ai_operation_name", "chat"),
+
+    def rendered(*seen):
+        return samples(render("m", 0, [], [pickle.loads(pickle.dumps(one)) for one in seen]).decode())
+
+    found = rendered(b, a)
+    model, one, two = ("model_name", "m"), ("api", "1"), ("api", "2")
+    for api, count in ((one, 1), (two, 2)):
+        assert found[("vllm:time_to_first_token_seconds_count", api, model)] == count
+        assert found[("vllm:time_to_first_token_seconds_sum", api, model)] == count / 2
+        assert found[("vllm:request_success_total", api, ("finished_reason", "stop"), model)] == count
+        assert found[("vllm:prompt_tokens_cached_total", api, model)] == count
+        assert found[("mini_llm:api_active_sequences", api)] == count
+        assert found[("mini_llm:unknown_request_fields_total", api)] == 10 * count
+        assert found[("http_request_duration_seconds_count", api, ("handler", "/ready"), ("method", "GET"))] == count
+    assert found[("http_request_duration_seconds_count", one, ("handler", "/v1/messages"), ("method", "POST"))] == 1
+    assert found[("gen_ai_server_request_duration_seconds_count", two, ("gen_ai_operation_name", "chat"),
                   ("gen_ai_provider_name", "mini-llm-infra"), ("gen_ai_request_model", "m"))] == 1  # fmt: skip
-    assert a.time_to_first_token._counts != b.time_to_first_token._counts, "neither has changed"
+    assert rendered(b) == {key: value for key, value in found.items() if one not in key}

@@ -139,7 +139,7 @@ def test_an_answer_cut_in_a_call(roomy):
     [choice] = roomy.client().chat.completions.create(**ASK, max_tokens=len(PARIS) - 20).choices
     assert choice.finish_reason == "length" and '{"city": "Paris"}'.startswith(calls(choice.message)[0][1])
     text = roomy.raw("GET", "/metrics")[2].decode()
-    assert 'mini_llm:tool_calls_total{model_name="acme/tiny",state="broken"} ' in text
+    assert 'mini_llm:tool_calls_total{api="0",model_name="acme/tiny",state="broken"} ' in text
 
 
 def test_a_template_that_knows_no_tools_is_told_in_hermes_form(roomy):
