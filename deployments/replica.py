@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from model_core import head_start
 from model_core.engine.config import EngineConfig
 from model_core.engine.request import EngineInfo, EngineStats, Request, TokenEvent
 from model_core.errors import EngineDead, RequestError
+from model_core.grammar.spec import BUSY
 from model_core.weights.source import LocalModel, ModelSource, ensure_weights
 
 log = logging.getLogger("mini_llm.replica")
@@ -117,6 +119,8 @@ class ModelReplica:
         self._engine = await asyncio.to_thread(load, spec)
         self._stall_timeout_s = spec.stall_timeout_s
         self._max_jobs = self._engine.info.max_seqs + spec.max_queued
+        # not asyncio's, of 6 threads on 2 cores: so many slow grammars would keep those waiting that are compiled already
+        self._compiling = ThreadPoolExecutor(self._max_jobs, thread_name_prefix="grammar")
         self._engine.start(self._on_step)
         self._metrics = asyncio.ensure_future(self._report_metrics())
         info = self._engine.info
@@ -186,6 +190,7 @@ class ModelReplica:
             return
         self._metrics.cancel()
         self._engine.shutdown()
+        self._compiling.shutdown(wait=False, cancel_futures=True)
         self._links.close()
 
     # ---- between the engine's thread and the event loop ------------------------------------------------------------
@@ -194,8 +199,10 @@ class ModelReplica:
         """Compile a grammar while others are served."""
         if request.params.grammar is not None:
             try:
-                await asyncio.to_thread(self._engine.prepare, request)
+                await self._loop.run_in_executor(self._compiling, self._engine.prepare, request)
             except RequestError as error:
+                if error.code == BUSY:  # the fault is not the request's
+                    return ("overloaded", str(error))
                 return ("refused", str(error), error.param, error.code)
         return None
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from model_core.errors import MiniLLMError, RequestError
-from model_core.grammar.spec import GrammarSpec
+from model_core.grammar.spec import BUSY, GrammarSpec
 
 if TYPE_CHECKING:
     from model_core.grammar.matcher import Compiled, Vocabulary
@@ -49,7 +49,7 @@ class Compiler:
             return found
         if not self._turn.acquire(timeout=self._timeout_s):
             raise RequestError(f"other grammars have kept the compiler busy for {self._timeout_s:g} s: try again later",
-                               param=spec.param, code="grammar_compiler_busy")  # fmt: skip
+                               param=spec.param, code=BUSY)  # fmt: skip
         try:
             if (found := self._kept(spec)) is None:
                 found = self._compile(spec)

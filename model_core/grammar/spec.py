@@ -11,6 +11,7 @@ from model_core.grammar.ebnf import Rules, either, literal
 from model_core.grammar.pattern import INVALID, pattern_grammar
 from model_core.grammar.schema import schema_grammar
 
+BUSY = "grammar_compiler_busy"  # the code of a request that is refused for the grammars of others
 MAX_TEXT = 262_144  # characters of a grammar, also of one made from a schema or an expression
 MAX_CHOICES = 1024
 

@@ -8,7 +8,9 @@ import threading
 import pytest
 
 from deployments.replica import ModelReplica, load_engine
-from model_core.errors import EngineDead
+from deployments.transport.base import Overloaded
+from model_core.errors import EngineDead, RequestError
+from model_core.grammar.spec import BUSY, of_regex
 
 
 def test_a_stalled_engine_is_unhealthy_and_names_its_stage(tools):
@@ -91,6 +93,41 @@ def test_events_of_a_request_that_has_left_go_nowhere(tools):
                 await stream.__anext__()
                 await stream.aclose()
                 await tools.until(lambda: not world.replica._jobs and not world.engine._live)
+            await world.quiet()
+
+    asyncio.run(run())
+
+
+def test_slow_grammars_keep_nobody_waiting_whose_grammar_is_there(tools):
+    """More of them than asyncio has threads."""
+
+    async def run():
+        async with tools.world() as world:
+            transport, compiled = await world.transport(), threading.Event()
+            slow, quick = of_regex("slow", "x"), of_regex("quick", "x")
+            world.engine.prepare = lambda request: compiled.wait(20) if request.params.grammar is slow else None
+            waiting = [asyncio.ensure_future(tools.read(transport, tools.request(f"s{i}", 2, grammar=slow))) for i in range(40)]
+            await asyncio.sleep(0.05)
+            assert len(await asyncio.wait_for(tools.read(transport, tools.request("q", 3, grammar=quick)), 5)) == 3
+            compiled.set()
+            assert [len(events) for events in await asyncio.gather(*waiting)] == [2] * 40
+            await world.quiet()
+
+    asyncio.run(run())
+
+
+def test_a_compiler_that_is_kept_busy_by_others_is_no_fault_of_the_request(tools):
+    async def run():
+        async with tools.world() as world:
+
+            def busy(request):
+                raise RequestError("try again later", param="response_format", code=BUSY)
+
+            world.engine.prepare = busy
+            for kind in ("push", "handle"):
+                transport = await world.transport(kind)
+                with pytest.raises(Overloaded, match="try again later"):
+                    await tools.read(transport, tools.request("a", grammar=of_regex("a", "x")))
             await world.quiet()
 
     asyncio.run(run())
