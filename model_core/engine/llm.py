@@ -13,7 +13,15 @@ from typing import Any, cast
 
 from model_core.engine.config import EngineConfig
 from model_core.engine.engine import Engine
-from model_core.engine.request import FinishReason, PromptLogprobs, Request, SamplingParams, TokenEvent, TokenLogprobs
+from model_core.engine.request import (
+    UNANSWERABLE,
+    FinishReason,
+    PromptLogprobs,
+    Request,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprobs,
+)
 from model_core.errors import EngineDead, RequestError
 from model_core.tokenizer.detokenizer import Detokenizer
 from model_core.tokenizer.load import load_tokenizer
@@ -68,8 +76,8 @@ class LLM:
                  stop: Sequence[str] = ()) -> list[Completion]:  # fmt: skip
         """Continue all prompts (texts or token ids) in one batch; results in their order. Of a single one: a list of one.
 
-        params: one for all, or one per prompt. Raises RequestError before anything runs if a request can never be served,
-        EngineDead if the engine fails.
+        params: one for all, or one per prompt. Raises RequestError before anything runs if a request can never be served, later
+        if it turns out to be so (a grammar and min_tokens that allow no token), EngineDead if the engine fails.
         """
         prompts = _several(prompts)
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
@@ -183,7 +191,8 @@ class _Stream:
         done = self.completion
         if event.finish == "error":
             self._ended = True
-            raise EngineDead(event.error or "the engine failed")
+            error = event.error or "the engine failed"
+            raise RequestError(error, code="no_token_allowed") if error.startswith(UNANSWERABLE) else EngineDead(error)
         done.token_ids += event.token_ids
         done.logprobs += event.logprobs or []
         if event.prompt is not None:

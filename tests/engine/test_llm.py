@@ -17,6 +17,7 @@ from model_core.engine.llm import LLM, Chunk
 from model_core.engine.naive import naive_stream, naive_tokens
 from model_core.engine.request import SamplingParams
 from model_core.errors import EngineDead, RequestError
+from model_core.grammar.spec import of_choice
 from tests.engine.served import at_rest
 from tests.waiting import wait_until
 
@@ -217,6 +218,15 @@ def test_a_failed_request_raises_and_a_dead_engine_does_not_hang(folder, monkeyp
             llm.generate(["fine"], GREEDY)
         with pytest.raises(EngineDead, match="ZeroDivisionError"):
             list(llm.stream("fine", GREEDY))
+
+
+def test_a_request_that_turns_out_to_have_no_answer_is_no_dead_engine(tiny_with_end):
+    params = SamplingParams(max_tokens=9, min_tokens=9, temperature=0.0, grammar=of_choice(["ab"], "x"))
+    with LLM.load(tiny_with_end, CONFIG) as llm:
+        with pytest.raises(RequestError, match="min_tokens no end yet") as error:
+            llm.generate([[5, 6, 7]], params)
+        assert error.value.code == "no_token_allowed"
+        assert len(llm.generate([[5, 6, 7]], GREEDY)) == 1
 
 
 # ---- decoding without a KV cache --------------------------------------------------------------------------------------
