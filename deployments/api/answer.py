@@ -75,7 +75,11 @@ class Answer:
                     raise
             finally:
                 self._end()
-                self._account()
+                begun = bool(job.record.status) or self.last_token_at() is not None
+                if not begun and any(choice.refused for choice in job.choices):
+                    self._forget()
+                else:
+                    self._account()
 
     async def _produce(self, scope: Scope, send: Send) -> None:
         raise NotImplementedError
@@ -92,6 +96,11 @@ class Answer:
         record, usage = self._job.record, self._job.usage()
         record.prompt_tokens, record.completion_tokens, record.cached_tokens = usage
         return usage
+
+    def _forget(self) -> None:
+        """A model replica has refused it: the same as if it had not been let in, which is counted where it is told."""
+        record = self._job.record
+        record.prompt_tokens = record.completion_tokens = record.cached_tokens = None
 
     def _account(self) -> None:
         """Metrics and the access record, however the request ended."""

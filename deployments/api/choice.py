@@ -52,6 +52,7 @@ class Choice:
         "index",
         "last_token_at",
         "prompt",
+        "refused",
         "request",
         "sent_at",
         "started_at",
@@ -79,6 +80,7 @@ class Choice:
         self.prompt: list[PromptLogprobs] = []  # log-probabilities of its tokens but the first
         self.cached_tokens = 0
         self.finish: str | None = None
+        self.refused = False  # by a model replica, before anything was computed
         self.stop_reason: str | int | None = None
         self.calls = calls
         self._detokenizer = detokenizer

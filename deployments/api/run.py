@@ -95,12 +95,9 @@ async def _run(transport: Transport, choice: Choice, sink: Sink) -> None:
                 return
         log.error("token stream of %s ended without a finish", choice.request.request_id)
         raise replica_lost(started=choice.tokens > 0)
-    except RequestError as error:
-        raise bad_request(str(error), param=error.param, code=error.code or "invalid_value") from None
-    except NotReady:
-        raise loading() from None
-    except Overloaded as error:
-        raise overloaded(str(error) or "The engine's queue is full.", retry_after_s=1) from None
+    except (RequestError, NotReady, Overloaded) as error:
+        choice.refused = True
+        raise _refusal(error) from None
     except (ReplicaLost, EngineDead) as error:
         log.error("replica lost while serving %s: %s", choice.request.request_id, error)
         raise replica_lost(started=choice.tokens > 0) from None
@@ -111,3 +108,11 @@ async def _run(transport: Transport, choice: Choice, sink: Sink) -> None:
         raise internal_error() from None
     finally:
         await stream.aclose()  # aborts the sequence if it has not ended: a stop string, a failure, a client that left
+
+
+def _refusal(error: RequestError | NotReady | Overloaded) -> ApiError:
+    if isinstance(error, RequestError):
+        return bad_request(str(error), param=error.param, code=error.code or "invalid_value")
+    if isinstance(error, NotReady):
+        return loading()
+    return overloaded(str(error) or "The engine's queue is full.", retry_after_s=1)

@@ -425,6 +425,28 @@ def test_sequences_are_counted_by_how_they_ended(server):
     assert grown == {"length": 1, "stop": 2, "error": 2, "abort": 3}
 
 
+@pytest.mark.parametrize("failure", [Overloaded("full"), NotReady(), RequestError("no", param="response_format")])
+def test_what_a_model_replica_refuses_is_counted_like_what_is_not_let_in(server, caplog, failure):
+    def counts():
+        found = samples(server.raw("GET", "/metrics")[2].decode())
+        return {key: value for key, value in found.items()
+                if re.match(r"vllm:(request_success_total|e2e|request_\w+_(count|sum)|admission)", key[0])}  # fmt: skip
+
+    server.chat()
+    before, server.fake.failure = counts(), failure
+    with caplog.at_level(logging.INFO, "mini_llm.access"):
+        status = server.chat(n=2)[0]
+        wait_until(lambda: caplog.records)
+    grown = {key: value - before.get(key, 0) for key, value in counts().items() if value != before.get(key, 0)}
+    assert [*grown.values()] == [1] * (status == 503) and all(key[0] == "vllm:admission_rejections_total" for key in grown)
+    line = json.loads(caplog.records[-1].getMessage())
+    assert line["status"] == status and not line.keys() & {"finish", "prompt_tokens", "completion_tokens"}
+    server.fake.first_delay, server.limits.heartbeat_s = 0.1, 0.02
+    assert "error" in server.stream()[-2]  # it has begun: no refusal any more
+    aborted = ("vllm:request_success_total", ("api", "0"), ("finished_reason", "abort"), ("model_name", "acme/tiny"))
+    assert counts()[aborted] == before.get(aborted, 0) + 1
+
+
 def test_a_client_may_ask_for_a_shorter_deadline(server):
     server.fake.script, server.fake.delay = endless, 0.01
     body = {"messages": MESSAGES, "stream": True}
