@@ -41,6 +41,10 @@ def validate(request: Request, vocab_size: int) -> None:
                            param="ignore_eos", code="invalid_value")  # fmt: skip
     for value in p.logit_bias.values():
         _between("logit_bias", value, -100, 100)
+    try:
+        request.cache_salt.encode()
+    except UnicodeEncodeError:
+        raise RequestError("cache_salt holds half a surrogate pair", param="cache_salt", code="invalid_value") from None
     for field, ids in (("prompt", request.prompt_ids), ("logit_bias", p.logit_bias), ("stop_token_ids", p.stop_ids)):
         if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
             bad = next(i for i in ids if not 0 <= i < vocab_size)

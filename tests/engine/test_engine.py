@@ -7,6 +7,7 @@ import logging
 import math
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -332,6 +333,8 @@ def test_bad_values_are_refused_without_hurting_others(serve, greedy):
         with pytest.raises(RequestError) as caught:
             served.submit(request("bad", prompt))
         assert caught.value.param == "prompt"
+    with pytest.raises(RequestError, match="half a surrogate pair"):
+        served.submit(replace(request("bad", PROMPTS[0]), cache_salt="\ud800"))
     served.wait(*(one.request_id for one in everyone()))
     assert all(served.tokens(one.request_id) == greedy("llama3", one.prompt_ids) for one in everyone())
     assert "bad" not in served.events
