@@ -125,3 +125,93 @@ def test_other_apis_say_the_same_text(_server, text, path):
     else:
         deltas = [event["delta"]["text"] for event in events if event["type"] == "content_block_delta"]
     assert "".join(deltas) == text
+
+
+ARGUMENTS = st.dictionaries(st.sampled_from(["a", "b", "é"]), st.integers() | st.text(max_size=5) | st.none(), max_size=3)
+CALL = ARGUMENTS.map(lambda found: f'<tool_call>\n{json.dumps({"name": "f", "arguments": found})}\n</tool_call>')
+SAID = st.lists(st.text(alphabet="ab <{é🙂\n", max_size=6) | CALL, max_size=4).map("".join)
+FUNCTION = {"name": "f", "parameters": {"type": "object"}}
+TURN = {"role": "user", "content": "hi"}
+BODIES = {
+    "chat/completions": {"messages": [TURN], "tools": [{"type": "function", "function": FUNCTION}]},
+    "responses": {"input": "hi", "tools": [{"type": "function", **FUNCTION}]},
+    "messages": {"model": "acme/tiny", "messages": [TURN], "tools": [{"name": "f", "input_schema": {"type": "object"}}]},
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(path=st.sampled_from([*BODIES]), said=SAID, kept=st.integers(0, 200), group=st.integers(1, 30), one=st.booleans())
+def test_texts_and_calls_of_a_stream_are_those_of_the_whole_answer(_roomy, path, said, kept, group, one):
+    """kept: characters before the answer is cut off, in a call or anywhere; one: parallel calls are not allowed."""
+    _roomy.reset()
+    _roomy.fake.group = group
+    made = _roomy.encode(said[:kept])
+    _roomy.fake.script = lambda request: [*made, *([_roomy.IM_END] if kept >= len(said) else [])] or [_roomy.IM_END]
+    body = {**BODIES[path], "max_output_tokens" if path == "responses" else "max_tokens": max(len(made), 1)}
+    body |= {"tool_choice": {"type": "auto", "disable_parallel_tool_use": one}} if path == "messages" else {
+        "parallel_tool_calls": not one}  # fmt: skip
+    status, _, raw = _roomy.raw("POST", f"/v1/{path}", body)
+    assert status == 200, raw
+    streamed = _roomy.raw("POST", f"/v1/{path}", {**body, "stream": True})[2].decode()
+    blocks = [block.split("data: ", 1)[1] for block in streamed.split("\n\n")[:-1]]
+    events = [json.loads(block) for block in blocks if block != "[DONE]"]
+    assert PUT_TOGETHER[path](events) == without_ids(json.loads(raw))
+
+
+def without_ids(answer):
+    """What an answer of one of the three APIs says."""
+    if "choices" in answer:
+        message = answer["choices"][0]["message"]
+        calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls") or []]
+        return message["content"] or "", calls, answer["choices"][0]["finish_reason"]
+    if "output" in answer:
+        items = [("".join(part["text"] for part in item["content"]) if item["type"] == "message" else
+                  (item["name"], item["arguments"])) for item in answer["output"]]  # fmt: skip
+        return items, answer["status"], answer["usage"]["output_tokens"]
+    blocks = [block["text"] if block["type"] == "text" else (block["name"], block["input"]) for block in answer["content"]]
+    return blocks, answer["stop_reason"]
+
+
+def of_chat(events):
+    deltas = [event["choices"][0]["delta"] for event in events]
+    calls = {}
+    for piece in (piece for delta in deltas for piece in delta.get("tool_calls", [])):
+        name, arguments = calls.get(piece["index"], (None, ""))
+        calls[piece["index"]] = (name or piece["function"]["name"], arguments + piece["function"].get("arguments", ""))
+    text = "".join(delta.get("content") or "" for delta in deltas)
+    return text, [calls[i] for i in range(len(calls))], events[-1]["choices"][0]["finish_reason"]
+
+
+def of_responses(events):
+    """Of the deltas, in the order of the items; they are those of the last event, too."""
+    texts = {}
+    for event in events:
+        if event["type"] in ("response.output_text.delta", "response.function_call_arguments.delta"):
+            texts[event["output_index"]] = texts.get(event["output_index"], "") + event["delta"]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    last = without_ids(events[-1]["response"])
+    assert texts == {i: content for i, item in enumerate(last[0]) if (content := item if isinstance(item, str) else item[1])}
+    return last
+
+
+def of_messages(events):
+    blocks = {}
+    for event in events:
+        if event["type"] == "content_block_start":
+            blocks[event["index"]] = [event["content_block"], ""]
+        elif event["type"] == "content_block_delta":
+            delta = event["delta"]
+            blocks[event["index"]][1] += delta["text"] if delta["type"] == "text_delta" else delta["partial_json"]
+    said = [text if begun["type"] == "text" else (begun["name"], arguments(text)) for begun, text in blocks.values()]
+    return said, next(event["delta"]["stop_reason"] for event in events if event["type"] == "message_delta")
+
+
+def arguments(text):
+    """Of a call that was cut off, the whole answer says that they are no JSON."""
+    try:
+        return json.loads(text or "{}")
+    except ValueError:
+        return {"INVALID_JSON": text}
+
+
+PUT_TOGETHER = {"chat/completions": of_chat, "responses": of_responses, "messages": of_messages}
