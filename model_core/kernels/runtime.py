@@ -51,13 +51,9 @@ def next_power_of_2(n: int) -> int:
 
 def why_unusable(device: torch.device) -> str | None:
     """None when Triton kernels run on tensors of `device`, else the reason in words."""
-    if triton is None:
-        return "triton is not installed" if device.type == "cuda" else "the device is a CPU"
     if device.type == "cuda":
-        return None
-    if device.type == "cpu" and INTERPRETED:
-        return None
-    return f"triton kernels need a GPU, the device is {device.type}"
+        return "triton is not installed" if triton is None else None
+    return None if triton is not None and INTERPRETED else "the device is a CPU"
 
 
 def row_layout(x: torch.Tensor) -> tuple[int, int, int, int]:

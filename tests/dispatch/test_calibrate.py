@@ -6,7 +6,6 @@ import io
 import json
 import os
 import random
-import re
 import time
 from dataclasses import replace
 from functools import partial
@@ -479,7 +478,7 @@ def test_the_command_on_a_cpu(tmp_path, capsys, monkeypatch):
     folder = write_model("tiny", tmp_path / "tiny", dtype=torch.float32)
     assert main(["dispatch", str(folder), "--device", "cpu", "--kv-cache-bytes", str(1 << 20), "--all"]) == 0
     out = capsys.readouterr().out
-    assert "tiny on cpu, float32" in out and re.search("the device is (a CPU|cpu)", out) and "swiglu" in out
+    assert "tiny on cpu, float32" in out and "the device is a CPU" in out and "swiglu" in out
 
 
 def test_the_option():

@@ -111,7 +111,7 @@ def test_others_go_on_meanwhile(heard, slow) -> None:
     heard.submit(request("quick", max_tokens=8, grammar=NEAR, logit_bias={300: -100.0}))
     heard.wait("slow", "other")
     steps = [b - a for a, b in zip(heard.times["other"], heard.times["other"][1:], strict=False)]
-    assert sorted(steps)[-3] < 0.25 and heard.times["other"][-1] < heard.times["slow"][-1]
+    assert sorted(steps)[-3] < 0.1 and heard.times["other"][-1] < heard.times["slow"][-1]
     assert heard.times["slow"][-1] - heard.times["slow"][0] > 0.85 and len(heard.times["slow"]) == 4
     assert heard.finishes() == {"slow": "length", "other": "length", "quick": "length"}
 
