@@ -112,7 +112,7 @@ async def completion_job(service: Service, request: CompletionRequest, record: R
     prompts: list[list[int]] = []
     try:
         for prompt in request.prompt:
-            ids = await encode_prompt(service, info, prompt, request, request.add_special_tokens, True)
+            ids = await encode_prompt(service, info, prompt, request, request.add_special_tokens, obey=True)
             prompts.append(_last(info, ids, request))
             if request.max_tokens or request.scored_logprobs is not None:
                 _check_room(info, prompts[-1], "prompt", 1 if request.max_tokens else 0)

@@ -72,8 +72,9 @@ async def encode_prompt_as_chat(
 
 
 async def encode_prompt(
-    service: Service, info: EngineInfo, prompt: str | list[int], request: GenerationRequest, special: bool, obey: bool = False
-) -> list[int]:
+    service: Service, info: EngineInfo, prompt: str | list[int], request: GenerationRequest, special: bool,
+    *, obey: bool = False,
+) -> list[int]:  # fmt: skip
     """special: with the tokenizer's own prefix. obey: control tokens that a text spells out are meant. Raises ApiError 400 and
     RequestError."""
     if not isinstance(prompt, str):
