@@ -96,6 +96,10 @@ def hello(request: Request) -> list[int]:
     return [*encode("Hello world!"), IM_END]
 
 
+def endless(request: Request) -> list[int]:
+    return [97] * 10_000
+
+
 def scores(ids: list[int], count: int) -> list[PromptLogprobs]:
     """Of each token but the first, in parts of three: its own at place p is -p / 2 and of rank 2, the others are as in
     FakeTransport's answers."""
@@ -201,6 +205,19 @@ def events(raw: bytes) -> list:
             assert block.startswith("data: "), block
             result.append("[DONE]" if block == "data: [DONE]" else json.loads(block[6:]))
     return result
+
+
+def typed_events(raw: bytes) -> list:
+    """The same of an SSE body whose events are named by their types."""
+    found: list = []
+    for block in raw.decode().split("\n\n")[:-1]:
+        if block.startswith(": "):
+            found.append(block)
+            continue
+        event, data = block.split("\n")
+        found.append(json.loads(data.removeprefix("data: ")))
+        assert event == f"event: {found[-1]['type']}"
+    return found
 
 
 class Server:

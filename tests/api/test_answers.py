@@ -7,6 +7,7 @@ from jsonschema import Draft202012Validator
 
 from deployments.api.contract import openapi
 from deployments.transport.base import ReplicaLost
+from tests.api.conftest import events, typed_events
 
 CHAT, TEXT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
 HELLO = [{"role": "user", "content": "hi"}]
@@ -70,16 +71,7 @@ def schema_of(method, path, status=200, kind="application/json"):
 
 
 def events_of(path, raw):
-    """What the `data:` lines hold; an event's name is its type."""
-    found = []
-    for block in raw.decode().split("\n\n")[:-1]:
-        *name, data = block.split("\n")
-        found.append("[DONE]" if data == "data: [DONE]" else json.loads(data.removeprefix("data: ")))
-        if path in (RESPONSES, MESSAGES):
-            assert name == [f"event: {found[-1]['type']}"]
-        else:
-            assert not name
-    return found
+    return (typed_events if path in (RESPONSES, MESSAGES) else events)(raw)
 
 
 def test_every_route_is_described_and_checked_here(server):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from deployments.transport.base import ReplicaLost
-from tests.api.conftest import TEMPLATE
+from tests.api.conftest import TEMPLATE, typed_events
 
 TOOLS = [{"name": "f", "input_schema": {"type": "object"}}]
 BASE = {"model": "acme/tiny", "max_tokens": 20, "messages": [{"role": "user", "content": "hi"}]}
@@ -19,13 +19,7 @@ def post(server, path="/v1/messages", **fields):
 def events(server, **fields):
     status, _, raw = server.raw("POST", "/v1/messages", {**BASE, "stream": True, **fields})
     assert status == 200, raw
-    found = []
-    for block in raw.decode().split("\n\n")[:-1]:
-        event, data = block.split("\n")
-        content = json.loads(data.removeprefix("data: "))
-        assert event == f"event: {content['type']}"
-        found.append(content)
-    return found
+    return typed_events(raw)
 
 
 def test_a_message(server):

@@ -14,15 +14,12 @@ from deployments.api.job import Job
 from deployments.protocol import body as body_module
 from deployments.transport.base import NotReady, Overloaded, ReplicaLost
 from model_core.errors import EngineDead
+from tests.api.conftest import endless
 from tests.waiting import wait_until
 
 CHAT = "/v1/chat/completions"
 BODY = {"messages": [{"role": "user", "content": "hi"}]}
 JSON = {"content-type": "application/json"}
-
-
-def endless(request):
-    return [97] * 10_000
 
 
 def late(server, **limits):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.api.conftest import IM_END
+from tests.api.conftest import IM_END, typed_events
 
 TOKEN = st.one_of(st.integers(0, 263), st.sampled_from(list("é日本🙂ab".encode())))  # any but <|im_end|>
 IDS = st.lists(TOKEN, max_size=20)
@@ -118,8 +118,7 @@ def test_other_apis_say_the_same_text(_server, text, path):
     whole = json.loads(_server.raw("POST", f"/v1/{path}", body)[2])
     said = whole["output"][0]["content"][0]["text"] if path == "responses" else whole["content"][0]["text"]
     assert said == text
-    raw = _server.raw("POST", f"/v1/{path}", {**body, "stream": True})[2].decode()
-    events = [json.loads(block.split("data: ", 1)[1]) for block in raw.split("\n\n")[:-1]]
+    events = typed_events(_server.raw("POST", f"/v1/{path}", {**body, "stream": True})[2])
     if path == "responses":
         deltas = [event["delta"] for event in events if event["type"] == "response.output_text.delta"]
     else:
@@ -152,9 +151,8 @@ def test_texts_and_calls_of_a_stream_are_those_of_the_whole_answer(_roomy, path,
         "parallel_tool_calls": not one}  # fmt: skip
     status, _, raw = _roomy.raw("POST", f"/v1/{path}", body)
     assert status == 200, raw
-    streamed = _roomy.raw("POST", f"/v1/{path}", {**body, "stream": True})[2].decode()
-    blocks = [block.split("data: ", 1)[1] for block in streamed.split("\n\n")[:-1]]
-    events = [json.loads(block) for block in blocks if block != "[DONE]"]
+    streamed = _roomy.raw("POST", f"/v1/{path}", {**body, "stream": True})[2]
+    events = _roomy.events(streamed)[:-1] if "chat" in path else typed_events(streamed)
     assert PUT_TOGETHER[path](events) == without_ids(json.loads(raw))
 
 

@@ -6,18 +6,12 @@ import openai
 import pytest
 
 from deployments.transport.base import ReplicaLost
+from tests.api.conftest import typed_events
 
 
-def typed_events(raw):
-    """(type, data) of an SSE body with typed events."""
-    found = []
-    for block in raw.decode().split("\n\n")[:-1]:
-        if not block.startswith(": "):
-            event, data = block.split("\n")
-            content = json.loads(data.removeprefix("data: "))
-            assert event == f"event: {content['type']}"
-            found.append((content["type"], content))
-    return found
+def pairs(raw):
+    """(type, data) of an SSE body with typed events, without comments."""
+    return [(event["type"], event) for event in typed_events(raw) if isinstance(event, dict)]
 
 
 def test_through_the_client(server):
@@ -81,7 +75,7 @@ def test_stop_strings(server):
 def test_the_events_of_a_stream(server):
     status, headers, raw = server.raw("POST", "/v1/responses", {"input": "hi", "stream": True})
     assert status == 200 and headers["content-type"] == "text/event-stream; charset=utf-8"
-    found = typed_events(raw)
+    found = pairs(raw)
     assert [kind for kind, _ in found] == [
         "response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
         *["response.output_text.delta"] * 3,
@@ -105,7 +99,7 @@ def test_the_clients_stream_helper(server):
 
 def test_a_stream_that_fails(server):
     server.fake.failure, server.fake.fail_after = ReplicaLost("gone"), 2
-    found = typed_events(server.raw("POST", "/v1/responses", {"input": "hi", "stream": True})[2])
+    found = pairs(server.raw("POST", "/v1/responses", {"input": "hi", "stream": True})[2])
     kind, content = found[-1]
     assert kind == "response.failed" and content["response"]["status"] == "failed"
     assert content["response"]["error"]["code"] == "server_error" and "replica" in content["response"]["error"]["message"]

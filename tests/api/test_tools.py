@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deployments.tools import mistral
+from tests.api.conftest import typed_events
 from tests.grammar.walks import accepts, compiled
 
 WEATHER = {"name": "get_weather", "description": "The weather.", "parameters": {
@@ -327,13 +328,9 @@ def test_responses_through_the_client(roomy):
     assert prompt(roomy) == flat and "<tool_response>\nget_weather\n" in flat
 
 
-def typed(raw):
-    return [json.loads(block.split("data: ", 1)[1]) for block in raw.decode().split("\n\n")[:-1]]
-
-
 def test_the_events_of_a_response_with_calls(roomy):
     says(roomy, TWO, group=1000)
-    found = typed(roomy.raw("POST", "/v1/responses", {"input": "hi", "tools": FLAT, "stream": True})[2])
+    found = typed_events(roomy.raw("POST", "/v1/responses", {"input": "hi", "tools": FLAT, "stream": True})[2])
     assert [event["type"].removeprefix("response.") for event in found] == [
         "created", "in_progress",
         "output_item.added", "content_part.added", "output_text.delta",
@@ -359,7 +356,7 @@ def test_messages_with_calls(roomy):
     text, first, second = whole["content"]
     assert text == {"type": "text", "text": "Let me see."} and whole["stop_reason"] == "tool_use"
     assert (first["type"], first["name"], first["input"], second["input"]) == ("tool_use", "get_weather", {"city": "Paris"}, {})
-    found = typed(roomy.raw("POST", "/v1/messages", {**MESSAGE, "stream": True})[2])
+    found = typed_events(roomy.raw("POST", "/v1/messages", {**MESSAGE, "stream": True})[2])
     kinds = [event["type"] for event in found if event["type"] != "content_block_delta"]
     assert kinds == ["message_start", *["content_block_start", "content_block_stop"] * 3, "message_delta", "message_stop"]
     assert [event["index"] for event in found if event["type"] == "content_block_start"] == [0, 1, 2]
@@ -418,7 +415,7 @@ def test_a_stream_says_what_the_whole_answer_says(_roomy, text, group, parallel,
     body = {"parallel_tool_calls": parallel, "tools": FLAT, "input": "hi", "max_output_tokens": max_tokens}
     for stream in (False, True):
         raw = _roomy.raw("POST", "/v1/responses", {**body, "stream": stream})[2]
-        output = (typed(raw)[-1]["response"] if stream else json.loads(raw))["output"]
+        output = (typed_events(raw)[-1]["response"] if stream else json.loads(raw))["output"]
         found = [(item["name"], item["arguments"]) for item in output if item["type"] == "function_call"]
         texts = "".join(item["content"][0]["text"] for item in output if item["type"] == "message")
         assert found + ([texts] if texts else []) == said
