@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -186,7 +187,11 @@ async def connect(protocol: asyncio.Protocol, port: int) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    """Above Ray's own, and below those that the system gives to whoever asks for any, as Ray's processes do meanwhile."""
+    sockets: list[socket.socket] = []
+    while len(sockets) < count:
+        with contextlib.suppress(OSError):
+            sockets.append(socket.create_server(("127.0.0.1", random.randrange(20_000, 32_000))))
     ports = [s.getsockname()[1] for s in sockets]
     for s in sockets:
         s.close()
